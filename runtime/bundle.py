@@ -1,0 +1,189 @@
+"""The engine folder: what `effc.json` says, how a folder is read and checked.
+
+Layout of a folder, format version 1:
+
+    effc.json              this manifest
+    model.onnx             the graph
+    weights.bin            external data of the graph, every tensor aligned for mmap
+    tokenizer.json, tokenizer_config.json, generation_config.json, …   when the model has them
+    report.html            what was done and measured
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from effc.errors import EngineError
+
+FORMAT = "effc-engine"
+VERSION = 1
+MANIFEST = "effc.json"
+MANIFEST_LIMIT = 64 << 20
+HASH_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Port:
+    """An input or output of the graph: name, numpy dtype name, shape of ints and symbol names."""
+
+    name: str
+    dtype: str
+    shape: list[int | str]
+
+
+@dataclass(frozen=True)
+class CachePort:
+    """One tensor of cache state.
+
+    Attributes:
+        input: Graph input that takes the past.
+        output: Graph output that carries it on.
+        dtype: Numpy dtype name.
+        shape: Ints and symbol names; the axis called `past` grows (`growing`) or is the capacity (`in-place`).
+    """
+
+    input: str
+    output: str
+    dtype: str
+    shape: list[int | str]
+
+
+@dataclass(frozen=True)
+class CacheLayout:
+    """How the engine carries its KV cache.
+
+    Attributes:
+        mode: `in-place`: input and output are bound to one buffer of any capacity along `past`, and the true
+            length is `attention_mask.shape[1] - input_ids.shape[1]`; a step appends without copying.
+            `growing`: the output is `past + seq` long and becomes the next input.
+        ports: The tensors, in graph order.
+    """
+
+    mode: str
+    ports: list[CachePort] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The content of `effc.json`; every key is stable within a format version.
+
+    Attributes:
+        effc_version: Version that wrote the engine.
+        task: `causal-lm`, `encoder`, `vision`, `vision-language` or `generic`.
+        target: Backend name, `ort-cpu` for example.
+        portable: Whether the graph holds standard ops only.
+        needs_kernels: Whether loading needs the custom-op library.
+        model: File name of the graph.
+        inputs: Inputs that are not cache.
+        outputs: Outputs that are not cache.
+        cache: Cache layout, or None.
+        pipeline: Pipeline text that was run.
+        passes: Pass records: name, contract, rewritten, left, measured, seconds.
+        source: Kind, name, content hash and weight bytes of the model this engine was made from.
+        config: The parts of the model configuration the runtime needs (vocabulary size, limits, pooling).
+        bytes: Sizes: `source`, `engine`, `weights_stored`, `weights_memory`.
+        versions: Versions of the tools that wrote it.
+        opset: Opset of the graph.
+        ir_version: ONNX IR version of the graph.
+        files: File name -> {`bytes`, `sha256`} of every other file in the folder.
+    """
+
+    effc_version: str
+    task: str
+    target: str
+    portable: bool
+    needs_kernels: bool
+    model: str
+    inputs: list[Port]
+    outputs: list[Port]
+    cache: CacheLayout | None
+    pipeline: str
+    passes: list[dict[str, Any]]
+    source: dict[str, Any]
+    config: dict[str, Any]
+    bytes: dict[str, int]
+    versions: dict[str, str]
+    opset: int
+    ir_version: int
+    files: dict[str, dict[str, Any]]
+
+    def to_json(self) -> str:
+        """The manifest as the text of `effc.json`."""
+        return json.dumps({"format": FORMAT, "version": VERSION, **asdict(self)}, indent=1, ensure_ascii=False)
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file, hexadecimal, read in chunks."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(HASH_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check `effc.json` of an engine folder, without looking at the other files.
+
+    Raises:
+        EngineError: Not an engine folder, damaged, or written in a newer format.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        raise EngineError(f"{folder}: is not an engine folder, it has no {MANIFEST}. Make one with `effc optimize`.")
+    if path.stat().st_size > MANIFEST_LIMIT:
+        raise EngineError(f"{path}: is larger than {MANIFEST_LIMIT >> 20} MiB, which no engine writes. Build it again.")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise EngineError(f"{path}: is damaged ({error}). Build the engine again.") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise EngineError(f"{path}: is not a manifest of an effc engine. Build one with `effc optimize`.")
+    if content.get("version") != VERSION:
+        raise EngineError(
+            f"{path}: has format version {content.get('version')!r}, this effc reads {VERSION}. "
+            "Upgrade effc, or build the engine again."
+        )
+    return _parse(path, content)
+
+
+def _parse(path: Path, content: Mapping[str, Any]) -> Manifest:
+    try:
+        values = {item.name: content[item.name] for item in fields(Manifest)}
+        values["inputs"] = [Port(**port) for port in values["inputs"]]
+        values["outputs"] = [Port(**port) for port in values["outputs"]]
+        if values["cache"] is not None:
+            ports = [CachePort(**port) for port in values["cache"]["ports"]]
+            values["cache"] = CacheLayout(values["cache"]["mode"], ports)
+        manifest = Manifest(**values)
+        for name in (manifest.model, *manifest.files):
+            _check_name(path, name)
+        return manifest
+    except (KeyError, TypeError, AttributeError) as error:
+        raise EngineError(f"{path}: a key is missing or malformed ({error}). Build the engine again.") from error
+
+
+def _check_name(path: Path, name: str) -> None:
+    pure = PurePosixPath(name)
+    if pure.is_absolute() or len(pure.parts) != 1 or ".." in pure.parts or "\\" in name:
+        raise EngineError(f"{path}: file name {name!r} leaves the engine folder. Do not use this engine.")
+
+
+def check_files(folder: Path, manifest: Manifest) -> None:
+    """Compare size and SHA-256 of every file with the manifest.
+
+    Raises:
+        EngineError: A file is missing, is a link, or has other bytes than were written.
+    """
+    if manifest.model not in manifest.files:
+        raise EngineError(f"{folder / MANIFEST}: has no hash for {manifest.model}. Build the engine again.")
+    for name, expected in manifest.files.items():
+        path = folder / name
+        if path.is_symlink() or not path.is_file():
+            raise EngineError(f"{path}: is missing or not a plain file. Copy or build the engine again.")
+        if path.stat().st_size != expected.get("bytes") or sha256_file(path) != expected.get("sha256"):
+            raise EngineError(f"{path}: its bytes are not those that were written. Copy or build the engine again.")
