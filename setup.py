@@ -32,8 +32,15 @@ class BuildKernels(build_ext):
         target = HERE / "kernels" if self.inplace else Path(self.build_lib).resolve() / "effc" / "kernels"
         build = HERE / "build" / f"kernels-{sys.platform}"
         subprocess.run(
-            ["cmake", "-S", HERE / "kernels", "-B", build, "-DCMAKE_BUILD_TYPE=Release",
-             f"-DEFFC_LIBRARY_DIR={target / '_lib'}"],
+            [
+                "cmake",
+                "-S",
+                HERE / "kernels",
+                "-B",
+                build,
+                "-DCMAKE_BUILD_TYPE=Release",
+                f"-DEFFC_LIBRARY_DIR={target / '_lib'}",
+            ],
             check=True,
         )
         subprocess.run(["cmake", "--build", build, "--parallel", str(os.cpu_count() or 1)], check=True)
@@ -65,7 +72,12 @@ class BinaryDistribution(Distribution):
 setup(
     packages=packages(),
     package_dir=ROOTS,
-    package_data={"effc": ["py.typed"], "effc.kernels": ["_lib/*"], "effc.passes": ["presets/*"], "effc.verify": ["*.html"]},
+    package_data={
+        "effc": ["py.typed"],
+        "effc.kernels": ["_lib/*"],
+        "effc.passes": ["presets/*"],
+        "effc.verify": ["*.html"],
+    },
     ext_modules=[Extension("effc.kernels._native", sources=[])],
     distclass=BinaryDistribution,
     cmdclass={"build_ext": BuildKernels, "bdist_wheel": AnyPythonWheel},

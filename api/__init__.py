@@ -24,9 +24,9 @@ _HOMES = {
 __all__ = ["EffcError", "Program", "__version__", "errors", "import_model", "load", "optimize", "parse_pipeline"]
 
 if TYPE_CHECKING:
+    from effc.compiler import optimize
     from effc.frontends import import_model
     from effc.ir.program import Program
-    from effc.compiler import optimize
     from effc.passes.pipeline_text import parse_pipeline
     from effc.runtime.session import load
 

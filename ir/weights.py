@@ -5,16 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 import onnx_ir as ir
-
 from effc.errors import InputError
 
 
-def file_tensor(
-    path: Path, offset: int, dtype: ir.DataType, shape: tuple[int, ...], name: str
-) -> ir.LazyTensor:
+def file_tensor(path: Path, offset: int, dtype: ir.DataType, shape: tuple[int, ...], name: str) -> ir.LazyTensor:
     """A weight that lies in a file as raw little-endian bytes.
 
     Args:
@@ -63,7 +59,8 @@ def computed_tensor(
         array = np.ascontiguousarray(compute())
         if array.shape != shape or array.dtype != dtype.numpy():
             raise InputError(
-                f"weight {name!r}: expected {dtype.name}{list(shape)}, its source gave {array.dtype}{list(array.shape)}. "
+                f"weight {name!r}: expected {dtype.name}{list(shape)}, its source gave "
+                f"{array.dtype}{list(array.shape)}. "
                 "The checkpoint does not fit the configuration."
             )
         return ir.Tensor(array, dtype=dtype, shape=ir.Shape(shape), name=name)
@@ -77,9 +74,11 @@ def _as_tensor(data: np.ndarray, dtype: ir.DataType, shape: tuple[int, ...], nam
     return ir.Tensor(data.view(dtype.numpy()).reshape(shape), dtype=dtype, shape=ir.Shape(shape), name=name)
 
 
+def tensor_shape(tensor: ir.TensorProtocol) -> tuple[int, ...]:
+    """The shape of a tensor as plain ints."""
+    return tuple(dim for dim in tensor.shape if isinstance(dim, int))
+
+
 def is_weight(value: ir.Value | None) -> bool:
     """Whether the value is an initializer with a known tensor and not also a graph input."""
     return value is not None and value.is_initializer() and value.const_value is not None
-
-
-BFLOAT16 = np.dtype(ml_dtypes.bfloat16)

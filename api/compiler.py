@@ -1,0 +1,260 @@
+"""`optimize`: a model goes in, an engine folder comes out, and every promise on the way was measured."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from effc.backends import backend
+from effc.backends.base import Backend, Progress
+from effc.backends.engine_folder import new_engine_folder, seal
+from effc.errors import OutputError, UsageError
+from effc.frontends import import_model
+from effc.ir.program import Program, Task
+from effc.ir.store import cache_folder, content_key
+from effc.passes.base import Pass
+from effc.passes.instruments import DumpStages, Instrument, PeakMemory, Stopwatch, peak_rss
+from effc.passes.pipeline import expand, run_pipeline
+from effc.passes.pipeline_text import format_pipeline, parse_pipeline
+from effc.runtime.bundle import MANIFEST, Manifest
+from effc.verify.contracts import ContractCheck
+from effc.verify.report import write_report
+from effc.verify.weights import WeightCheck
+
+BASE_BYTES = 900 << 20
+"""Resident memory of the libraries and a graph without weights."""
+LARGEST_COPIES = 6
+"""Copies of the largest weight that a step may hold at once: source, widened, coded, checked."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will need, known before it starts the heavy work.
+
+    Attributes:
+        weight_bytes: Bytes of the weights in the source.
+        peak_bytes: Estimate of the peak resident memory.
+        disk_bytes: Upper bound of the disk space for cache and engine.
+    """
+
+    weight_bytes: int
+    peak_bytes: int
+    disk_bytes: int
+
+
+@dataclass(frozen=True)
+class OptimizeResult:
+    """What `optimize` made.
+
+    Attributes:
+        program: The program after all passes.
+        folder: The engine folder; None after a dry run.
+        manifest: Its manifest; None after a dry run.
+        summary: The JSON object of `effc optimize --json`.
+    """
+
+    program: Program
+    folder: Path | None
+    manifest: Manifest | None
+    summary: dict[str, Any]
+
+
+def optimize(
+    model: Any,
+    output: str | Path | None,
+    *,
+    passes: str | Sequence[Pass] = "",
+    target: str = "ort-cpu",
+    portable: bool = False,
+    allow_noop: bool = False,
+    dry_run: bool = False,
+    twin: bool = False,
+    task: str | Task | None = None,
+    dtype: str | None = None,
+    example_inputs: Any = None,
+    check: bool = True,
+    dump: Path | None = None,
+    progress: Progress | None = None,
+    announce: Callable[[str], None] | None = None,
+) -> OptimizeResult:
+    """Compile a model into an engine folder.
+
+    Args:
+        model: Path of a Hugging Face folder, GGUF, `.pt2` or ONNX file; or a torch module or exported program, an
+            `onnx_ir.Model` or an `onnx.ModelProto`.
+        output: The engine folder to write; an engine already there is replaced. May be None for a dry run.
+        passes: Pipeline text, or pass objects.
+        target: Backend name.
+        portable: Write standard ops only.
+        allow_noop: Accept a requested pass that changes nothing.
+        dry_run: Match every pass and report the sites; change and write nothing.
+        twin: Use the same architecture with two random layers.
+        task: Overrides the task the frontend finds.
+        dtype: Storage dtype of weights that the source holds quantised (`bfloat16`, `float32`).
+        example_inputs: For a torch module: the inputs to export with.
+        check: Measure every pass's contract and the decoded weights.
+        dump: Folder for the graph after each pass, as text.
+        progress: Called with stage, bytes done, bytes in all.
+        announce: Called with one-line notes: what was decided, what will be needed.
+
+    Raises:
+        UsageError: Unknown pass, option or target.
+        InputError: The model was refused.
+        ContractError: A pass broke its promise, or a requested pass changed nothing.
+        OutputError: The engine cannot be written.
+        MissingDependencyError: Something is not installed.
+    """
+    watch = Stopwatch()
+    say = announce or (lambda text: None)
+    step = progress or (lambda stage, done, total: None)
+    requested = parse_pipeline(passes) if isinstance(passes, str) else tuple(passes)
+    chosen = backend(target)
+    if output is None and not dry_run:
+        raise UsageError("optimize needs an output folder. Name one with -o DIR, or ask for a dry run.")
+    step("import", 0, 0)
+    program = import_model(
+        model,
+        example_inputs=example_inputs,
+        task=task,
+        dtype=dtype,
+        twin=twin,
+        check=check,
+        progress=lambda stage: step(stage, 0, 0),
+    )
+    for note in program.source.notes:
+        say(note)
+    plan = plan_run(program)
+    say(_plan_text(plan))
+    if dry_run:
+        return OptimizeResult(program, None, None, _dry_run(program, requested, target, plan, watch))
+    assert output is not None
+    _refuse_early(plan, Path(output))
+    instruments = _instruments(check, dump, step)
+    run_pipeline(program, requested, instruments, allow_noop=allow_noop)
+    manifest = _write(program, Path(output), chosen, portable, requested, step)
+    return OptimizeResult(program, Path(output), manifest, _summary(manifest, Path(output), watch))
+
+
+def reference_engine(
+    model: Any, *, dtype: str | None = None, task: str | Task | None = None, twin: bool = False
+) -> Path:
+    """The source exported plainly to onnxruntime: standard ops, fp32 weights, no pass run.
+
+    Returns:
+        The engine folder, in the cache; made once per content.
+    """
+    program = import_model(model, task=task, dtype=dtype, twin=twin, check=False)
+    key = content_key(what="reference engine", source=program.source.content_hash, dtype=dtype, twin=twin)
+    folder = cache_folder() / "engines" / key
+    if (folder / MANIFEST).is_file():
+        os.utime(folder / MANIFEST)
+        return folder
+    _write(program, folder, backend("ort-cpu"), True, (), lambda stage, done, total: None)
+    return folder
+
+
+def plan_run(program: Program) -> Plan:
+    """Estimate memory and disk from the weights, before any of them is read."""
+    sizes = [value.const_value.nbytes for value in program.graph.initializers.values() if value.const_value is not None]
+    total = program.weight_bytes()
+    # fp32 copies of the largest weight are twice its stored bytes.
+    return Plan(total, BASE_BYTES + LARGEST_COPIES * 2 * max(sizes, default=0), 2 * total + (256 << 20))
+
+
+def _plan_text(plan: Plan) -> str:
+    return (
+        f"weights {plan.weight_bytes / 1e6:.0f} MB; needs up to {plan.peak_bytes / 1e9:.1f} GB of memory "
+        f"and {plan.disk_bytes / 1e9:.1f} GB of disk"
+    )
+
+
+def _refuse_early(plan: Plan, output: Path) -> None:
+    parent = output.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    free = shutil.disk_usage(parent).free
+    if free < plan.weight_bytes // 2:
+        raise OutputError(
+            f"{output}: the disk has {free / 1e9:.2f} GB left, the engine needs {plan.weight_bytes / 1e9:.2f} GB. "
+            "Free space or name another place. Nothing was written."
+        )
+
+
+def _instruments(check: bool, dump: Path | None, step: Progress) -> list[Instrument]:
+    instruments: list[Instrument] = [_Stage(step)]
+    if check:
+        instruments += [ContractCheck(), WeightCheck()]
+    if dump is not None:
+        instruments.append(DumpStages(dump))
+    return [*instruments, PeakMemory()]
+
+
+class _Stage(Instrument):
+    """Tells the caller which pass is running."""
+
+    def __init__(self, step: Progress) -> None:
+        self.step = step
+
+    def before(self, one: Pass, program: Program) -> None:
+        self.step(one.name, 0, 0)
+
+
+def _dry_run(program: Program, requested: Sequence[Pass], target: str, plan: Plan, watch: Stopwatch) -> dict[str, Any]:
+    """Run the pipeline on a copy for its matches only; weights are not coded, nothing is written."""
+    records = []
+    for one in expand(requested):
+        match = one.match(program)
+        records.append(
+            {
+                "name": one.name,
+                "contract": str(one.contract),
+                "rewritten": [],
+                "would_rewrite": [site.name for site in match.sites],
+                "left": [{"site": item.site, "reason": item.reason} for item in match.left],
+                "measured": {},
+                "seconds": 0.0,
+            }
+        )
+        if one not in requested:
+            one.apply(program, match.sites)
+    return {
+        "engine": None,
+        "task": str(program.task),
+        "target": target,
+        "pipeline": format_pipeline(expand(requested)),
+        "seconds": watch.seconds(),
+        "peak_rss": peak_rss(),
+        "bytes": {"source": plan.weight_bytes, "engine": 0, "weights_stored": 0, "weights_memory": 0},
+        "plan": asdict(plan),
+        "passes": records,
+    }
+
+
+def _write(
+    program: Program, output: Path, chosen: Backend, portable: bool, requested: Sequence[Pass], step: Progress
+) -> Manifest:
+    step("lower", 0, 0)
+    lowered = chosen.lower(program, portable=portable)
+    lowered.records = program.records
+    with new_engine_folder(output) as folder:
+        manifest = chosen.write(lowered, folder, portable=portable, progress=step)
+        write_report(asdict(manifest), folder / "report.html")
+        step("hash", 0, 0)
+        return seal(folder, manifest)
+
+
+def _summary(manifest: Manifest, folder: Path, watch: Stopwatch) -> dict[str, Any]:
+    return {
+        "engine": str(folder),
+        "task": manifest.task,
+        "target": manifest.target,
+        "pipeline": manifest.pipeline,
+        "seconds": watch.seconds(),
+        "peak_rss": peak_rss(),
+        "bytes": manifest.bytes,
+        "passes": manifest.passes,
+    }

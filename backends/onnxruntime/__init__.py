@@ -1,0 +1,1 @@
+"""onnxruntime backends: lowering to its operators, external weights, the graph file."""

@@ -1,0 +1,123 @@
+"""The `ort-cpu` backend: onnxruntime's CPU provider with our custom-op library, the embedded default."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, ClassVar
+
+import effc
+import onnx_ir as ir
+from effc import kernels
+from effc.backends.base import Backend, Progress
+from effc.backends.engine_folder import write_assets
+from effc.backends.onnxruntime.external_weights import write_external_weights
+from effc.backends.onnxruntime.interface import cache_layout, ports
+from effc.backends.onnxruntime.lower_attention import CONTRIB, lower_cached_attention
+from effc.backends.onnxruntime.widen_weights import widen_cast_weights
+from effc.errors import MissingDependencyError
+from effc.ir.analysis.weight_memory import weight_memory
+from effc.ir.dialect import infer_dialect_types, is_dialect_node
+from effc.ir.dialect.inline import inline_dialect
+from effc.ir.program import Program
+from effc.runtime.bundle import Manifest
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNodesPass, RemoveUnusedOpsetsPass
+
+MODEL = "model.onnx"
+IR_VERSION = 11
+"""The ONNX IR version every onnxruntime that has opset 24 reads."""
+
+
+class OnnxRuntimeCpu(Backend):
+    """Writes `model.onnx` and `weights.bin` for onnxruntime on a CPU."""
+
+    name: ClassVar[str] = "ort-cpu"
+
+    def unavailable(self) -> str:
+        """Engines can always be written; native ones need the kernel library to run."""
+        try:
+            kernels.library_path()
+        except MissingDependencyError as error:
+            return str(error)
+        return ""
+
+    def lower(self, program: Program, *, portable: bool) -> Program:
+        """Widen small half-precision weights, lower cached attention or inline the dialect."""
+        lowered = program.clone()
+        if portable:
+            inline_dialect(lowered.model)
+        else:
+            infer_dialect_types(lowered.graph)
+            lower_cached_attention(lowered)
+        widen_cast_weights(lowered.model)
+        RemoveUnusedNodesPass()(lowered.model)
+        RemoveUnusedOpsetsPass()(lowered.model)
+        return lowered
+
+    def write(self, program: Program, folder: Path, *, portable: bool, progress: Progress | None = None) -> Manifest:
+        """Stream the weights, save the graph, copy the assets."""
+        graph = program.graph
+        native = any(is_dialect_node(node) for node in graph.all_nodes())
+        memory = weight_memory(program)
+        stored = write_external_weights(graph, folder, progress)
+        ClearMetadataAndDocStringPass()(program.model)
+        program.model.ir_version = IR_VERSION
+        program.model.producer_name, program.model.producer_version = "effc", effc.__version__
+        ir.save(program.model, folder / MODEL)
+        write_assets(program, folder)
+        in_place = any(node.domain == CONTRIB and node.op_type == "GroupQueryAttention" for node in graph)
+        return Manifest(
+            effc_version=effc.__version__,
+            task=str(program.task),
+            target=self.name,
+            portable=portable,
+            needs_kernels=native,
+            model=MODEL,
+            inputs=ports(program, graph.inputs),
+            outputs=ports(program, graph.outputs),
+            cache=cache_layout(program, in_place=in_place),
+            pipeline=",".join(record.options for record in program.records),
+            passes=[_record(record) for record in program.records],
+            source=_source(program),
+            config=dict(program.source.config),
+            bytes={
+                "source": program.source.weight_bytes,
+                "engine": 0,
+                "weights_stored": stored,
+                "weights_memory": memory,
+            },
+            versions=_versions(),
+            opset=program.model.opset_imports[""],
+            ir_version=IR_VERSION,
+            files={},
+        )
+
+
+def _record(record: Any) -> dict[str, Any]:
+    plain = asdict(record)
+    plain["rewritten"] = list(record.rewritten)
+    plain["left"] = [{"site": site, "reason": reason} for site, reason in record.left]
+    return plain
+
+
+def _source(program: Program) -> dict[str, Any]:
+    source = program.source
+    return {
+        "kind": source.kind,
+        "name": source.name,
+        "content_hash": source.content_hash,
+        "weight_bytes": source.weight_bytes,
+        "notes": list(source.notes),
+    }
+
+
+def _versions() -> dict[str, str]:
+    names = ("onnxruntime", "onnx", "onnx-ir", "onnxscript", "torch", "transformers")
+    versions = {}
+    for name in names:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions

@@ -1,0 +1,33 @@
+"""Describes the inputs, outputs and cache of a program for the manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import onnx_ir as ir
+from effc.ir.program import Program
+from effc.runtime.bundle import CacheLayout, CachePort, Port
+
+
+def ports(program: Program, values: Iterable[ir.Value]) -> list[Port]:
+    """Inputs or outputs that are not cache."""
+    cached = {value for pair in program.cache_pairs() for value in pair}
+    return [Port(str(value.name), _dtype(value), _shape(value)) for value in values if value not in cached]
+
+
+def cache_layout(program: Program, *, in_place: bool) -> CacheLayout | None:
+    """The cache of a program, None when it has none."""
+    pairs = program.cache_pairs()
+    if not pairs:
+        return None
+    entries = [CachePort(str(past.name), str(present.name), _dtype(past), _shape(past)) for past, present in pairs]
+    return CacheLayout("in-place" if in_place else "growing", entries)
+
+
+def _dtype(value: ir.Value) -> str:
+    return value.dtype.numpy().name if value.dtype is not None else "float32"
+
+
+def _shape(value: ir.Value) -> list[int | str]:
+    dims = value.shape if value.shape is not None else ()
+    return [dim if isinstance(dim, int) else str(dim.value or f"{value.name}_{axis}") for axis, dim in enumerate(dims)]
