@@ -1,0 +1,214 @@
+"""The cache of a running generation: tensors that stay in onnxruntime's hands from step to step."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import onnxruntime as ort
+
+from effc.errors import EngineError, UsageError
+from effc.runtime.bundle import CacheLayout, CachePort, Port
+from effc.runtime.tensors import storage_dtype, to_host, to_ort
+
+BLOCK = 64
+"""Capacities are multiples of this many tokens."""
+RESERVE = 128
+"""Tokens of room beyond the prompt in a first allocation."""
+BATCH, PAST = "batch", "past"
+"""The symbols a cache shape may hold."""
+
+
+class Cache(ABC):
+    """Tensors bound as the cache inputs and outputs of a session.
+
+    Args:
+        ports: The tensors.
+        batch: Rows.
+        device: Where they live, `cpu` or `cuda`.
+    """
+
+    def __init__(self, ports: Sequence[CachePort], batch: int, device: str) -> None:
+        self.ports = ports
+        self.batch = batch
+        self.device = device
+        self.values: list[ort.OrtValue] = []
+
+    @abstractmethod
+    def bind(self, binding: ort.IOBinding, length: int, total: int) -> None:
+        """Bind inputs and outputs for a run that takes the cache from `length` to `total` tokens."""
+
+    @abstractmethod
+    def advance(self, outputs: Mapping[str, ort.OrtValue]) -> None:
+        """Take over what the run produced."""
+
+    def _zeros(self, port: CachePort, past: int) -> np.ndarray:
+        return np.zeros(port_shape(port, self.batch, past), storage_dtype(port.dtype))
+
+
+class InPlaceCache(Cache):
+    """One buffer per tensor, bound as input and output, so a step appends to it and copies nothing.
+
+    A buffer that is full is replaced by one at least twice as long, with one copy of its tokens.
+    Zeroed memory is handed out lazily by the system, so unused capacity costs no resident memory.
+    """
+
+    def __init__(self, ports: Sequence[CachePort], batch: int, device: str, limit: int | None) -> None:
+        super().__init__(ports, batch, device)
+        self.limit = limit
+        self.capacity = 0
+
+    def bind(self, binding: ort.IOBinding, length: int, total: int) -> None:
+        """Make room for `total` tokens and bind every buffer both ways."""
+        if total > self.capacity:
+            self.capacity = next_capacity(total, self.capacity, self.limit)
+            self.values = self._grown(length)
+        for port, value in zip(self.ports, self.values):
+            binding.bind_ortvalue_input(port.input, value)
+            binding.bind_ortvalue_output(port.output, value)
+
+    def advance(self, outputs: Mapping[str, ort.OrtValue]) -> None:
+        """Nothing to do: the run wrote into the bound buffers."""
+
+    def _grown(self, length: int) -> list[ort.OrtValue]:
+        """Buffers of the new capacity with the first `length` tokens of the old ones."""
+        grown = []
+        for index, port in enumerate(self.ports):
+            if self.values and PAST not in port.shape:
+                grown.append(self.values[index])
+                continue
+            array = self._zeros(port, self.capacity)
+            if self.values and length:
+                kept = (slice(None),) * port.shape.index(PAST) + (slice(length),)
+                array[kept] = to_host(self.values[index], port.dtype)[kept]
+            grown.append(to_ort(array, port.dtype, self.device))
+        return grown
+
+
+class GrowingCache(Cache):
+    """The outputs of one run are the inputs of the next; they change hands without leaving onnxruntime."""
+
+    def bind(self, binding: ort.IOBinding, length: int, total: int) -> None:
+        """Bind the present tensors as inputs and let the run allocate the outputs."""
+        if not self.values:
+            self.values = [to_ort(self._zeros(port, 0), port.dtype, self.device) for port in self.ports]
+        for port, value in zip(self.ports, self.values):
+            binding.bind_ortvalue_input(port.input, value)
+            binding.bind_output(port.output, self.device)
+
+    def advance(self, outputs: Mapping[str, ort.OrtValue]) -> None:
+        """Keep the outputs for the next run."""
+        self.values = [outputs[port.output] for port in self.ports]
+
+
+class KvState:
+    """One generation in progress: a session, its bound cache and the number of tokens in it.
+
+    Args:
+        session: The session.
+        layout: How the engine carries its cache.
+        inputs: The inputs that are not cache.
+        batch: Rows, all of one padded length.
+        max_length: Most tokens the cache will be asked to hold; it bounds the capacity. None for no bound.
+        device: Where the cache lives, `cpu` or `cuda`.
+
+    Raises:
+        EngineError: The layout's mode or a cache shape is unknown.
+
+    Attributes:
+        length: Tokens in the cache, padding included.
+    """
+
+    def __init__(
+        self,
+        session: ort.InferenceSession,
+        layout: CacheLayout,
+        inputs: Sequence[Port],
+        batch: int,
+        *,
+        max_length: int | None = None,
+        device: str = "cpu",
+    ) -> None:
+        self.length = 0
+        self.max_length = max_length
+        self._session = session
+        self._dtypes = {port.name: port.dtype for port in inputs}
+        self._binding = session.io_binding()
+        self._cache = _make_cache(layout, batch, device, max_length)
+
+    @property
+    def buffers(self) -> dict[str, ort.OrtValue]:
+        """Cache input name -> the tensor bound to it now."""
+        return {port.input: value for port, value in zip(self._cache.ports, self._cache.values)}
+
+    def run(self, feeds: Mapping[str, np.ndarray], outputs: Sequence[str]) -> dict[str, np.ndarray]:
+        """Append the fed tokens to the cache and compute outputs.
+
+        Args:
+            feeds: Every input that is not cache, with its dtype; `input_ids` is [batch, seq] and
+                `attention_mask`, when the engine takes it, [batch, length + seq].
+            outputs: Outputs wanted that are not cache.
+
+        Returns:
+            Output name -> array. Its memory belongs to the run: it stays valid for as long as the array lives.
+
+        Raises:
+            UsageError: More tokens than `max_length`.
+            EngineError: onnxruntime refused the run.
+        """
+        total = self.length + feeds["input_ids"].shape[1]
+        if self.max_length is not None and total > self.max_length:
+            raise UsageError(f"the cache holds at most {self.max_length} tokens, {total} were fed. Raise max_length.")
+        self._bind(feeds, outputs, total)
+        self._run()
+        names = [*(port.output for port in self._cache.ports), *outputs]
+        results = dict(zip(names, self._binding.get_outputs()))
+        self._cache.advance(results)
+        self.length = total
+        return {name: results[name].numpy() for name in outputs}
+
+    def _bind(self, feeds: Mapping[str, np.ndarray], outputs: Sequence[str], total: int) -> None:
+        # An output of the last run that stays bound would be taken as a preallocated one of the wrong shape.
+        self._binding.clear_binding_outputs()
+        self._cache.bind(self._binding, self.length, total)
+        for name, array in feeds.items():
+            self._binding.bind_ortvalue_input(name, to_ort(np.ascontiguousarray(array), self._dtypes[name]))
+        for name in outputs:
+            self._binding.bind_output(name, "cpu")
+
+    def _run(self) -> None:
+        try:
+            self._session.run_with_iobinding(self._binding)
+        except Exception as error:  # onnxruntime's errors have no common base of their own
+            raise EngineError(f"the engine failed while running: {error}") from error
+
+
+def _make_cache(layout: CacheLayout, batch: int, device: str, limit: int | None) -> Cache:
+    if layout.mode == "in-place":
+        return InPlaceCache(layout.ports, batch, device, limit)
+    if layout.mode == "growing":
+        return GrowingCache(layout.ports, batch, device)
+    raise EngineError(f"the manifest names the cache mode {layout.mode!r}, which is unknown. Upgrade effc.")
+
+
+def port_shape(port: CachePort, batch: int, past: int) -> tuple[int, ...]:
+    """Shape of a cache tensor for a batch and a length.
+
+    Raises:
+        EngineError: The shape holds a symbol other than `batch` and `past`.
+    """
+    sizes = {BATCH: batch, PAST: past}
+    try:
+        return tuple(axis if isinstance(axis, int) else sizes[axis] for axis in port.shape)
+    except KeyError as error:
+        raise EngineError(
+            f"cache input {port.input!r}: its shape has the unknown symbol {error}. Upgrade effc, or build it again."
+        ) from error
+
+
+def next_capacity(needed: int, current: int, limit: int | None) -> int:
+    """Tokens to make room for: twice the present capacity, or what is needed and a reserve; never above `limit`."""
+    wanted = max(2 * current, needed + RESERVE)
+    rounded = -(-wanted // BLOCK) * BLOCK
+    return rounded if limit is None else max(needed, min(rounded, limit))

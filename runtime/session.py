@@ -1,0 +1,315 @@
+"""Opens engine folders and runs them."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import onnxruntime as ort
+
+from effc.errors import EngineError, MissingDependencyError, UsageError
+from effc.runtime.assets import Assets
+from effc.runtime.bundle import CachePort, Manifest, Port, check_files, read_manifest
+from effc.runtime.embed import embed
+from effc.runtime.generate import Generation, generate
+from effc.runtime.kv_state import KvState, port_shape
+from effc.runtime.tensors import check_feeds, storage_dtype, to_host, to_ort
+from effc.runtime.threads import default_threads
+from effc.runtime.tokenizer import Tokenizer
+
+PROVIDERS = {
+    "ort-cpu": ("CPUExecutionProvider",),
+    "ort-cuda": ("CUDAExecutionProvider", "CPUExecutionProvider"),
+}
+"""Target name -> the execution providers its engines run on."""
+FATAL = 4
+"""onnxruntime's log severity that prints nothing we do not raise ourselves."""
+
+
+def load(
+    folder: str | Path,
+    *,
+    threads: int | None = None,
+    check: bool = True,
+    providers: Sequence[str] | None = None,
+    prepack: bool | None = None,
+) -> Engine:
+    """Open an engine folder.
+
+    Args:
+        folder: The folder `effc optimize` wrote.
+        threads: Threads of one run; None for the physical cores this process may use.
+        check: Compare every file with its SHA-256 in the manifest. Off, only the manifest is checked.
+        providers: onnxruntime execution providers; None for those of the engine's target.
+        prepack: Whether onnxruntime may copy constant matrices into its packed layout, which costs load time and
+            turns mapped weights into private memory, and makes products with 2 to 100 rows faster. None: as the
+            manifest's `config.prepack` says, else no for causal language models, yes for the rest.
+
+    Raises:
+        EngineError: The folder is damaged, of a newer format, or onnxruntime refuses its graph.
+        MissingDependencyError: The kernels or an execution provider are missing.
+        UsageError: `threads` is below 1.
+    """
+    folder = Path(folder)
+    if threads is not None and threads < 1:
+        raise UsageError(f"threads is {threads}; give at least 1, or leave it out.")
+    manifest = read_manifest(folder)
+    if check:
+        check_files(folder, manifest)
+    chosen = _providers(folder, manifest, providers)
+    options = _session_options(threads or default_threads(), _prepack(manifest, prepack))
+    if manifest.needs_kernels:
+        options.register_custom_ops_library(_kernel_library(folder))
+    session = _open(folder, manifest, options, chosen)
+    return Engine(folder, manifest, session)
+
+
+def _providers(folder: Path, manifest: Manifest, requested: Sequence[str] | None) -> list[str]:
+    chosen = list(requested or PROVIDERS.get(manifest.target, ()))
+    if not chosen:
+        raise EngineError(
+            f"{folder}: was built for {manifest.target!r}, which onnxruntime does not run. "
+            f"Run it with that target's own tools, or build it for {' or '.join(PROVIDERS)}."
+        )
+    missing = [name for name in chosen if name not in ort.get_available_providers()]
+    if missing:
+        raise MissingDependencyError(
+            f"{folder}: needs {', '.join(missing)}, and this onnxruntime has only "
+            f"{', '.join(ort.get_available_providers())}. Install the onnxruntime package that has it."
+        )
+    return chosen
+
+
+def _prepack(manifest: Manifest, requested: bool | None) -> bool:
+    if requested is not None:
+        return requested
+    return bool(manifest.config.get("prepack", manifest.task != "causal-lm"))
+
+
+def _session_options(threads: int, prepack: bool) -> ort.SessionOptions:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = FATAL
+    if not prepack:
+        # External weights are then used where they are mapped; nothing is copied at load.
+        options.add_session_config_entry("session.disable_prepacking", "1")
+    return options
+
+
+def _kernel_library(folder: Path) -> str:
+    advice = "Install effc with its kernels, or build the engine again with --portable."
+    try:
+        path = Path(importlib.import_module("effc.kernels").library_path())
+    except (ImportError, AttributeError, MissingDependencyError) as error:
+        message = f"{folder}: needs effc's kernels, which are missing ({error}). {advice}"
+        raise MissingDependencyError(message) from error
+    if not path.is_file():
+        raise MissingDependencyError(f"{folder}: needs effc's kernels, but {path} does not exist. {advice}")
+    return str(path)
+
+
+def _open(
+    folder: Path, manifest: Manifest, options: ort.SessionOptions, providers: list[str]
+) -> ort.InferenceSession:
+    path = folder / manifest.model
+    if not path.is_file():
+        raise EngineError(f"{path}: is missing. Copy or build the engine again.")
+    try:
+        session = ort.InferenceSession(str(path), options, providers=providers)
+    except Exception as error:  # onnxruntime's errors have no common base of their own
+        built = manifest.versions.get("onnxruntime", "an unknown version")
+        raise EngineError(
+            f"{path}: onnxruntime {ort.__version__} refuses it: {error}. It was built for onnxruntime {built}, "
+            f"opset {manifest.opset}. Upgrade onnxruntime, or build the engine again."
+        ) from error
+    _check_interface(path, manifest, session)
+    return session
+
+
+def _check_interface(path: Path, manifest: Manifest, session: ort.InferenceSession) -> None:
+    cache = manifest.cache.ports if manifest.cache else []
+    inputs = {port.name for port in manifest.inputs} | {port.input for port in cache}
+    outputs = {port.name for port in manifest.outputs} | {port.output for port in cache}
+    for kind, listed, actual in (
+        ("inputs", inputs, session.get_inputs()),
+        ("outputs", outputs, session.get_outputs()),
+    ):
+        difference = ", ".join(sorted(listed ^ {value.name for value in actual}))
+        if difference:
+            raise EngineError(f"{path}: its {kind} differ from the manifest ({difference}). Build the engine again.")
+
+
+class Engine:
+    """An open engine. Close it, or use it in a `with` block, to release its memory at once.
+
+    Attributes:
+        folder: Where it lies.
+        manifest: Its manifest.
+        assets: Its text files.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, session: ort.InferenceSession) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self.assets = Assets(folder, manifest.files)
+        self._session: ort.InferenceSession | None = session
+
+    @property
+    def task(self) -> str:
+        """`causal-lm`, `encoder`, `vision`, `vision-language` or `generic`."""
+        return self.manifest.task
+
+    @property
+    def session(self) -> ort.InferenceSession:
+        """The onnxruntime session.
+
+        Raises:
+            UsageError: The engine was closed.
+        """
+        if self._session is None:
+            raise UsageError(f"{self.folder}: the engine was closed. Load it again.")
+        return self._session
+
+    @property
+    def has_tokenizer(self) -> bool:
+        """Whether the folder has a tokenizer."""
+        return self.assets.path("tokenizer.json").name in self.manifest.files
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer, read on first use.
+
+        Raises:
+            EngineError: The folder has none, or it is damaged.
+        """
+        return Tokenizer(self.assets)
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Run the graph once.
+
+        Args:
+            feeds: Input name -> array, exactly as the manifest describes. The inputs of the cache may all be left
+                out: the run then starts from an empty cache. Fed, their length is `total - seq`; an in-place
+                cache may be longer. Element types numpy lacks are fed as unsigned integers of their size or as
+                ml_dtypes arrays.
+
+        Returns:
+            Output name -> array. The cache's outputs are among them when its inputs were fed.
+
+        Raises:
+            UsageError: The feeds do not fit; found before anything runs.
+            EngineError: onnxruntime refused the run.
+        """
+        session = self.session
+        cache = self.manifest.cache.ports if self.manifest.cache else []
+        fed = [port for port in cache if port.input in feeds]
+        ports = [*self.manifest.inputs, *(_as_port(port) for port in (cache if fed else []))]
+        symbols = check_feeds(ports, feeds)
+        if self.manifest.cache:
+            _check_lengths(self.manifest.cache.mode, symbols, bool(fed))
+        values = {port.name: to_ort(np.ascontiguousarray(feeds[port.name]), port.dtype) for port in ports}
+        if not fed:
+            values.update(_empty_cache(cache, symbols))
+        wanted = {port.name: port.dtype for port in self.manifest.outputs}
+        wanted.update({port.output: port.dtype for port in fed})
+        try:
+            results = session.run_with_ort_values(list(wanted), values)
+        except Exception as error:  # onnxruntime's errors have no common base of their own
+            raise EngineError(f"{self.folder}: the engine failed while running: {error}") from error
+        return {name: to_host(value, dtype) for (name, dtype), value in zip(wanted.items(), results)}
+
+    def new_state(self, batch: int, *, max_length: int | None = None) -> KvState:
+        """An empty cache for a batch, to run the engine step by step.
+
+        Args:
+            batch: Rows.
+            max_length: Most tokens it will hold, padding included; None for no bound.
+
+        Raises:
+            EngineError: The engine carries no cache.
+        """
+        if self.manifest.cache is None:
+            raise EngineError(
+                f"{self.folder}: carries no cache, so it cannot generate. Build it from a model exported with a cache."
+            )
+        device = "cuda" if "CUDAExecutionProvider" in self.session.get_providers() else "cpu"
+        return KvState(
+            self.session, self.manifest.cache, self.manifest.inputs, batch, max_length=max_length, device=device
+        )
+
+    def embed(self, texts: Sequence[str], batch_size: int = 32, normalize: bool | None = None) -> np.ndarray:
+        """One vector per text; see `effc.runtime.embed.embed`."""
+        return embed(self, texts, batch_size=batch_size, normalize=normalize)
+
+    def generate(
+        self,
+        prompts: str | Sequence[str] | Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        repetition_penalty: float = 1.0,
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+        stream: Callable[[int, str], None] | None = None,
+        chat: bool = False,
+        prefill_chunk: int | None = None,
+    ) -> list[Generation]:
+        """Continue prompts; see `effc.runtime.generate.generate`."""
+        return generate(
+            self,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+            stop=stop,
+            stream=stream,
+            chat=chat,
+            prefill_chunk=prefill_chunk,
+        )
+
+    def close(self) -> None:
+        """Release the session; using the engine afterwards is an error, closing it again is not."""
+        self._session = None
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _as_port(port: CachePort) -> Port:
+    return Port(port.input, port.dtype, port.shape)
+
+
+def _check_lengths(mode: str, symbols: Mapping[str, int], fed: bool) -> None:
+    """`total = past + seq`; an in-place buffer may be longer than what it holds."""
+    if "total" not in symbols or "seq" not in symbols:
+        return
+    past = symbols["total"] - symbols["seq"]
+    given = symbols.get("past", 0 if not fed else past)
+    if past < 0 or (given < past if mode == "in-place" else given != past):
+        raise UsageError(
+            f"the attention mask covers {symbols['total']} tokens, but {symbols['seq']} are new and {given} are "
+            "cached. Feed a mask of past + seq tokens."
+        )
+
+
+def _empty_cache(cache: Sequence[CachePort], symbols: Mapping[str, int]) -> dict[str, ort.OrtValue]:
+    batch = symbols.get("batch", 1)
+    return {
+        port.input: to_ort(np.zeros(port_shape(port, batch, 0), storage_dtype(port.dtype)), port.dtype)
+        for port in cache
+    }

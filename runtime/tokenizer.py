@@ -1,0 +1,102 @@
+"""The engine's tokenizer: text to ids and back, special tokens, chat prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import tokenizers
+
+from effc.errors import EngineError, UsageError
+from effc.runtime import chat
+from effc.runtime.assets import Assets
+
+FILE = "tokenizer.json"
+SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+class Tokenizer:
+    """Wraps `tokenizer.json`. Padding and truncation stored in it are switched off: the caller decides both.
+
+    Args:
+        assets: The engine's text files.
+
+    Raises:
+        EngineError: There is no `tokenizer.json`, or it is damaged.
+    """
+
+    def __init__(self, assets: Assets) -> None:
+        text = assets.text(FILE)
+        if text is None:
+            raise EngineError(
+                f"{assets.path(FILE)}: is missing, so this engine takes and gives token ids only. "
+                "Build it from a folder that has a tokenizer.json."
+            )
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_str(text)
+        except Exception as error:  # the library raises bare Exception
+            raise EngineError(f"{assets.path(FILE)}: is damaged ({error}). Build the engine again.") from error
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        self._assets = assets
+        self._config = {**assets.json_object("special_tokens_map.json"), **assets.json_object("tokenizer_config.json")}
+
+    @property
+    def size(self) -> int:
+        """Number of tokens, added ones included."""
+        return self._tokenizer.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def max_length(self) -> int | None:
+        """Longest input the tokenizer's configuration allows, in tokens, or None."""
+        value = self._config.get("model_max_length")
+        # "No limit" is written as a huge number.
+        return int(value) if isinstance(value, int | float) and 0 < value < 1e9 else None
+
+    def special_tokens(self) -> dict[str, str]:
+        """Name (`bos_token`, …) -> text of the special tokens that are set."""
+        found = {}
+        for name in SPECIAL:
+            value = self._config.get(name)
+            text = value.get("content") if isinstance(value, Mapping) else value
+            if isinstance(text, str):
+                found[name] = text
+        return found
+
+    def special_id(self, name: str) -> int | None:
+        """Id of the special token `name` (`pad_token`, …), or None."""
+        text = self.special_tokens().get(name)
+        return None if text is None else self._tokenizer.token_to_id(text)
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text, with the special tokens the tokenizer adds around it."""
+        return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    def encode_batch(self, texts: Sequence[str], max_length: int | None) -> list[tuple[list[int], list[int]]]:
+        """Token ids and type ids of texts, each cut to `max_length` tokens, special ones included."""
+        if max_length is not None:
+            self._tokenizer.enable_truncation(max_length)
+        try:
+            encodings = self._tokenizer.encode_batch(list(texts))
+        finally:
+            self._tokenizer.no_truncation()
+        return [(encoding.ids, encoding.type_ids) for encoding in encodings]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids; special tokens are left out."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    def chat_prompt(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Token ids of a conversation, up to where the assistant's next words begin.
+
+        Raises:
+            UsageError: The engine has no chat template, or it refuses the conversation.
+        """
+        template = chat.find_template(self._assets)
+        if template is None:
+            raise UsageError(
+                "this engine has no chat template (chat_template.jinja, or in tokenizer_config.json). "
+                "Generate without chat, from a prompt in the model's own format."
+            )
+        # The template writes the special tokens itself; the tokenizer must not add them again.
+        return self.encode(chat.render(template, messages, self.special_tokens()), add_special_tokens=False)
