@@ -1,0 +1,1 @@
+"""Checks and measurements: contracts of passes, equality of engines, speed, the report."""

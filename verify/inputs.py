@@ -1,0 +1,259 @@
+"""Feeds for a program or an engine, made from its interface: the shapes that break models, real text where possible."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+from effc.errors import InputError
+from effc.ir.program import Program, Task
+from effc.runtime.bundle import Manifest, Port
+
+OTHER_SIZE = 5
+"""Size of a symbolic axis with no known meaning: odd, and no other size in use."""
+
+PARAGRAPH = (
+    "The harbour was quiet before sunrise. Two boats had come in during the night, and their crews were still "
+    "asleep under the canvas. On the quay an old woman counted crates of oranges: 17, 18, 19, then a pause, because "
+    "the twentieth was missing. “It fell into the water,” said the boy, who had seen it go. She looked at him, "
+    "laughed, and wrote down twenty anyway. By noon the price had doubled, the fog had lifted, and nobody spoke "
+    "of the crate again; but the gulls, circling above the breakwater, knew where the sweet smell came from.\n"
+)
+"""Text of our own for feeds where a tokenizer is there."""
+
+Tokenizer = Callable[[str], Sequence[int]]
+
+
+@dataclass(frozen=True)
+class FeedShape:
+    """One shape to run a model at.
+
+    Attributes:
+        batch: Rows.
+        seq: New tokens per row.
+        past: Tokens already in the cache; 0 for models without one.
+        padded: Rows have unequal lengths.
+    """
+
+    batch: int
+    seq: int
+    past: int = 0
+    padded: bool = False
+
+    def __str__(self) -> str:
+        return f"batch={self.batch} seq={self.seq} past={self.past}" + (" padded" if self.padded else "")
+
+
+@dataclass(frozen=True)
+class Interface:
+    """What a model takes, whatever form it has.
+
+    Attributes:
+        inputs: Every input, cache included.
+        config: Model configuration, for vocabulary size and limits; may be empty.
+        tokenizer: Text -> ids, or None.
+        cache: Names of the inputs that are cache; an engine's are not among `inputs`.
+        pad_left: Rows of unequal lengths are padded on the left: models that generate.
+    """
+
+    inputs: Sequence[Port]
+    config: Mapping[str, Any] = field(default_factory=dict)
+    tokenizer: Tokenizer | None = None
+    cache: frozenset[str] = frozenset()
+    pad_left: bool = False
+
+    def cache_form(self) -> frozenset[tuple[str, str, str]]:
+        """Name, dtype and shape of each cache input: a past fits two programs when these are equal."""
+        return frozenset((port.name, port.dtype, str(port.shape)) for port in self.inputs if port.name in self.cache)
+
+
+def program_interface(program: Program) -> Interface:
+    """Interface of a program: graph inputs that are not weights, tokenizer from the source's assets."""
+    ports = [_port(value) for value in program.graph.inputs if not value.is_initializer()]
+    cache = frozenset(str(past.name) for past, _ in program.cache_pairs())
+    tokenizer = _tokenizer(program.source.assets.get("tokenizer.json"))
+    pad_left = bool(cache) or program.task == Task.CAUSAL_LM
+    return Interface(ports, program.source.config, tokenizer, cache, pad_left)
+
+
+def manifest_interface(manifest: Manifest, tokenizer: Tokenizer | None = None) -> Interface:
+    """Interface of an engine; its cache is the runtime's business and not among the inputs."""
+    cache = frozenset(port.input for port in manifest.cache.ports) if manifest.cache else frozenset()
+    pad_left = bool(cache) or manifest.task == Task.CAUSAL_LM
+    return Interface(manifest.inputs, manifest.config, tokenizer, cache, pad_left)
+
+
+def hard_shapes(interface: Interface) -> tuple[FeedShape, ...]:
+    """The shapes that break models: unequal lengths on an empty cache, one token on a cache, long, a single token.
+
+    The long shape reaches past the sliding window by its cache, where the model has a window of at most 1024.
+    """
+    if not interface.cache:
+        return (FeedShape(3, 7, 0, True), FeedShape(1, 67), FeedShape(1, 1))
+    window = text_config(interface.config).get("sliding_window") or 0
+    long_past = window + 3 if 0 < window <= 1024 else 61
+    return (
+        FeedShape(3, 7, 0, True),
+        FeedShape(2, 1, 9, True),
+        FeedShape(1, 6, long_past),
+        FeedShape(1, 67),
+        FeedShape(1, 1),
+    )
+
+
+def quick_shapes(interface: Interface) -> tuple[FeedShape, ...]:
+    """One shape with every difficulty in it, for models where each evaluation is expensive."""
+    return (FeedShape(2, 5, 4 if interface.cache else 0, True),)
+
+
+def make_feed(interface: Interface, shape: FeedShape, *, seed: int = 0) -> dict[str, np.ndarray]:
+    """Arrays for every input at one shape.
+
+    The content of an input depends on its name, dtype, shape and the seed only, so two programs that share
+    inputs get the same content there.
+
+    Args:
+        interface: What the model takes.
+        shape: Sizes of `batch`, `seq`, `past` and `total`; axes with another name or none get `OTHER_SIZE`.
+        seed: Of the random content.
+    """
+    mask = attention_mask(interface, shape)
+    return {port.name: _content(interface, port, shape, mask, seed) for port in interface.inputs}
+
+
+def attention_mask(interface: Interface, shape: FeedShape) -> np.ndarray:
+    """Int64 [batch, past + seq]; rows of a padded shape lose a third of their length each, down to one token.
+
+    Padding is on the left for models that generate, on the right for others.
+    """
+    total = shape.past + shape.seq
+    mask = np.ones((shape.batch, total), np.int64)
+    for row in range(1, shape.batch if shape.padded else 0):
+        missing = min(total - 1, row * max(1, total // 3))
+        mask[row, :missing] = 0
+        if not interface.pad_left:
+            mask[row] = mask[row, ::-1]
+    return mask
+
+
+def valid_positions(name: str, array: np.ndarray, shape: FeedShape, mask: np.ndarray) -> np.ndarray | None:
+    """Where an output has a meaning: not at padded positions. None: everywhere.
+
+    Outputs [batch, seq, …] are masked on their second axis, cache outputs [batch, heads, total, …] on their third.
+    """
+    total = shape.past + shape.seq
+    if name.startswith("present") and array.ndim == 4 and array.shape[0] == shape.batch and array.shape[2] == total:
+        return np.broadcast_to(mask[:, None, :] == 1, array.shape[:3])
+    if array.ndim >= 3 and array.shape[:2] == (shape.batch, shape.seq):
+        return np.asarray(mask[:, shape.past :] == 1)
+    return None
+
+
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of a configuration that describes the text model."""
+    inner = config.get("text_config")
+    return inner if isinstance(inner, Mapping) else config
+
+
+def _port(value: ir.Value) -> Port:
+    if value.dtype is None or value.shape is None:
+        raise InputError(f"input {value.name!r} has no type or shape. Export the model again with typed inputs.")
+    dims = [dim if isinstance(dim, int) else str(dim.value or "") for dim in value.shape]
+    return Port(str(value.name), value.dtype.numpy().name, dims)
+
+
+def _tokenizer(asset: Any) -> Tokenizer | None:
+    if asset is None:
+        return None
+    from tokenizers import Tokenizer as Fast
+
+    fast = Fast.from_str(asset.decode("utf-8")) if isinstance(asset, bytes) else Fast.from_file(str(asset))
+    return lambda text: fast.encode(text).ids
+
+
+def _sizes(port: Port, shape: FeedShape, config: Mapping[str, Any]) -> tuple[int, ...]:
+    return tuple(dim if isinstance(dim, int) else _size(dim, shape, config) for dim in port.shape)
+
+
+_ALIASES = {
+    "batch_size": "batch",
+    "sequence_length": "seq",
+    "sequence": "seq",
+    "past_sequence_length": "past",
+    "total_sequence_length": "total",
+}
+
+
+def _size(symbol: str, shape: FeedShape, config: Mapping[str, Any]) -> int:
+    """Size of a symbol or of a sum such as `past + seq`."""
+    known = {"batch": shape.batch, "seq": shape.seq, "past": shape.past, "total": shape.past + shape.seq}
+    total = 0
+    for word in symbol.replace(" ", "").split("+"):
+        name = _ALIASES.get(word, word)
+        if word.isdigit():
+            total += int(word)
+        elif name in ("height", "width"):
+            size = config.get("image_size") or 32
+            total += size if isinstance(size, int) else size[name == "width"]
+        else:
+            total += known.get(name, OTHER_SIZE)
+    return total
+
+
+def _content(
+    interface: Interface, port: Port, shape: FeedShape, mask: np.ndarray, seed: int
+) -> np.ndarray:
+    sizes, dtype = _sizes(port, shape, interface.config), _dtype(port.dtype)
+    draw = _generator(port.name, seed)
+    if port.name in interface.cache:
+        if dtype.kind in "iub":
+            return np.zeros(sizes, dtype)
+        return (0.5 * draw.standard_normal(sizes)).astype(dtype)
+    if port.name.endswith("attention_mask") and sizes in (mask.shape, (shape.batch, shape.seq)):
+        return mask[:, mask.shape[1] - sizes[1] :].astype(dtype)
+    if port.name == "position_ids" and len(sizes) == 2:
+        positions = np.clip(np.cumsum(mask, axis=1) - 1, 0, None)
+        return np.asarray(positions[:, shape.past : shape.past + sizes[1]], dtype)
+    if port.name == "token_type_ids":
+        return np.zeros(sizes, dtype)
+    if port.name.endswith("input_ids") and dtype.kind in "iu":
+        return _token_ids(interface, sizes, draw).astype(dtype)
+    return _generic(sizes, dtype, draw)
+
+
+def _dtype(name: str) -> np.dtype:
+    return np.dtype(getattr(ml_dtypes, name) if name == "bfloat16" or name.startswith("float8") else name)
+
+
+def _generator(name: str, seed: int) -> np.random.Generator:
+    digest = hashlib.sha256(f"{name}/{seed}".encode()).digest()
+    return np.random.default_rng(int.from_bytes(digest[:8], "little"))
+
+
+def _token_ids(interface: Interface, sizes: tuple[int, ...], draw: np.random.Generator) -> np.ndarray:
+    """Ids of the paragraph, each row starting at another token; random ids where there is no tokenizer."""
+    vocabulary = int(text_config(interface.config).get("vocab_size") or 32)
+    if interface.tokenizer is None:
+        return draw.integers(0, vocabulary, sizes)
+    ids = np.asarray(interface.tokenizer(PARAGRAPH), np.int64) % vocabulary
+    count = int(np.prod(sizes, dtype=np.int64))
+    step = 13 if len(sizes) > 1 else 0
+    width = sizes[-1] if sizes else 1
+    places = [(row * step + column) % len(ids) for row in range(count // max(width, 1)) for column in range(width)]
+    return ids[places].reshape(sizes)
+
+
+def _generic(sizes: tuple[int, ...], dtype: np.dtype, draw: np.random.Generator) -> np.ndarray:
+    """Normal floats, 0 or 1 for integers (safe as an index of any axis of two), random booleans."""
+    if dtype.kind == "b":
+        return draw.integers(0, 2, sizes).astype(bool)
+    if dtype.kind in "iu":
+        return draw.integers(0, 2, sizes).astype(dtype)
+    if dtype.kind in "OSU":
+        raise InputError("inputs of type string have no feed. Give the model a tokenized input.")
+    return draw.standard_normal(sizes).astype(dtype)
