@@ -6,9 +6,8 @@ import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir as ir
-from onnx import TensorProto, helper, numpy_helper
-
 from effc.ir.program import Program, Source, Task
+from onnx import TensorProto, helper, numpy_helper
 
 VOCAB, HIDDEN, HEADS, HEAD = 37, 16, 2, 8
 OPSETS = [helper.make_opsetid("", 24)]
