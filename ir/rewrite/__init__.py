@@ -1,0 +1,1 @@
+"""Reading and editing graphs: constants, dataflow steps, symbolic sizes, type and shape inference."""

@@ -1,0 +1,1 @@
+"""The steps of `canonicalize`: simplification first, then one file per operation raised by dataflow."""
