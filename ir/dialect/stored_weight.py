@@ -118,7 +118,7 @@ def _exponents(tape: Tape, weight: StoredWeight, codes: ir.Value, table: ir.Valu
 
 def _ranks(tape: Tape, weight: StoredWeight, codes: ir.Value) -> ir.Value:
     """Ranks uint8 [N, K] from bytes [N, tiles * 64]: see the nibble order of `rank4`."""
-    half = 32
+    half = 64
     blocks = tape.op("Reshape", [codes, _constant(tape, np.array([weight.rows, -1, half]), "blocks")])
     low = tape.op("BitwiseAnd", [blocks, _constant(tape, np.array(15, np.uint8), "nibble")])
     high = tape.op("BitShift", [blocks, _constant(tape, np.array(4, np.uint8), "four")], {"direction": "RIGHT"})

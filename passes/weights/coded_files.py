@@ -12,6 +12,9 @@ from effc.errors import OutputError
 from effc.ir.store import Store
 from effc.ir.weights import file_tensor
 
+FORMAT_VERSION = 1
+"""Part of every key: raise it when the bytes of a layout change."""
+
 
 def save_tensors(store: Store, key: str, arrays: Sequence[np.ndarray]) -> Path:
     """Write arrays under a key.
@@ -42,7 +45,7 @@ def load_tensors(path: Path, names: Sequence[str]) -> list[ir.LazyTensor]:
         entries = json.loads(file.read(length))
     offset = 8 + length
     tensors = []
-    for name, entry in zip(names, entries, strict=False):
+    for name, entry in zip(names, entries, strict=True):
         dtype = ir.DataType.from_numpy(np.dtype(entry["dtype"]))
         shape = tuple(entry["shape"])
         tensors.append(file_tensor(path, offset, dtype, shape, name))

@@ -18,16 +18,8 @@ from effc.ir.store import Store, content_key
 from effc.ir.weights import tensor_shape
 from effc.kernels import codec
 from effc.passes.base import Contract, LeftAlone, Match, Pass, PassReport, Site
-from effc.passes.weights.coded_files import load_tensors, save_tensors
+from effc.passes.weights.coded_files import FORMAT_VERSION, load_tensors, save_tensors
 from effc.passes.weights.stored_weights import MIN_BYTES, StoredWeights
-
-TENSOR_NAMES = {
-    "huffman": ("sign_mantissa", "code_lengths", "stream", "chunk_offsets", "low"),
-    "rank4": ("sign_mantissa", "codes", "table", "escapes", "row_escapes", "low"),
-    "rank3": ("sign_mantissa", "codes", "table", "escapes", "row_escapes", "low"),
-}
-"""Names of the tensors of a layout, in order; `low` exists for fp32 and fp16 only."""
-
 
 @dataclass(frozen=True)
 class LosslessWeights(Pass):
@@ -106,7 +98,7 @@ class LosslessWeights(Pass):
         dtype = tensor.dtype.name.lower()
         if self.layout != "huffman" and tensor.dtype == ir.DataType.FLOAT16:
             return f"fp16 gains nothing from the layout {self.layout!r}; use layout=huffman", None
-        prediction = codec.predict(codec.exponent_histogram(tensor.numpy()), dtype)
+        prediction = codec.predict(codec.exponent_histogram(tensor.numpy()), dtype, tensor_shape(tensor))
         bits = tensor.dtype.bitwidth
         saving = 1 - _bits(prediction, self.layout) / bits
         if saving < self.min_saving:
@@ -128,10 +120,11 @@ class LosslessWeights(Pass):
             shape=array.shape,
             dtype=tensor.dtype.name,
             layout=self.layout,
-            format=codec.FORMAT_VERSION,
+            format=FORMAT_VERSION,
         )
+        parts = codec.tensor_names(self.layout, tensor.dtype.name.lower())
         path = store.find(key) or save_tensors(store, key, codec.encode(array, self.layout).tensors)
-        tensors = load_tensors(path, [f"{value.name}.{part}" for part in TENSOR_NAMES[self.layout]])
+        tensors = load_tensors(path, [f"{value.name}.{part}" for part in parts])
         rows, columns = array.shape
         values = tuple(_initializer(tensor) for tensor in tensors)
         return StoredWeight(self.layout, tensor.dtype, rows, columns, values), digest
@@ -175,6 +168,13 @@ def _bits(prediction: codec.Prediction, layout: str) -> float:
     }[layout]
 
 
+def _runtime_bits(prediction: codec.Prediction, dtype: ir.DataType) -> float:
+    """Bits per weight once the engine is loaded: the layout the kernels transcode to."""
+    return {"rank4": prediction.rank4_bits, "rank3": prediction.rank3_bits, "raw": float(dtype.bitwidth)}[
+        codec.runtime_layout(dtype.name.lower())
+    ]
+
+
 def _figures(value: ir.Value, prediction: codec.Prediction, coded: StoredWeight) -> dict[str, Any]:
     """JSON-ready figures of one coded weight."""
     tensor = value.const_value
@@ -187,5 +187,5 @@ def _figures(value: ir.Value, prediction: codec.Prediction, coded: StoredWeight)
         "stored_bytes": sum(part.const_value.nbytes for part in coded.tensors if part.const_value is not None),
         "entropy_bits": round(prediction.entropy_bits, 4),
         "storage_bits": round(prediction.storage_bits, 4),
-        "runtime_bits": round(codec.runtime_bits(prediction, tensor.dtype.name.lower()), 4),
+        "runtime_bits": round(_runtime_bits(prediction, tensor.dtype), 4),
     }
