@@ -1,0 +1,1 @@
+"""The `effc` command: one file a command."""

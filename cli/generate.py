@@ -1,0 +1,82 @@
+"""`effc generate`: text from an engine."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from effc.cli.options import engine_argument, json_option, threads_option
+from effc.cli.output import print_json
+from effc.errors import UsageError
+
+
+@click.command("generate")
+@engine_argument
+@click.option("--prompt", "prompts", multiple=True, metavar="TEXT", help="Prompt; give it again for a batch.")
+@click.option(
+    "--prompt-file", type=click.File("r", encoding="utf-8"), help="Read one prompt from a file; `-` is stdin."
+)
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True)
+@click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 is greedy.")
+@click.option("--top-k", type=click.IntRange(min=0), default=0, show_default=True, help="0 keeps all tokens.")
+@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True)
+@click.option("--repetition-penalty", type=click.FloatRange(min=0, min_open=True), default=1.0, show_default=True)
+@click.option("--seed", type=click.IntRange(min=0), default=None, help="Makes sampling repeatable.")
+@click.option("--stop", multiple=True, metavar="TEXT", help="Stop before this text; may be given again.")
+@click.option("--stream", is_flag=True, help="Print the text as it is made (one prompt).")
+@click.option("--chat", is_flag=True, help="Put the prompt into the model's chat template.")
+@threads_option
+@json_option
+def command(
+    engine: Path,
+    prompts: tuple[str, ...],
+    prompt_file: Any,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    repetition_penalty: float,
+    seed: int | None,
+    stop: tuple[str, ...],
+    stream: bool,
+    chat: bool,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Generate text with ENGINE."""
+    texts = [*prompts, *([prompt_file.read()] if prompt_file is not None else [])]
+    if not texts:
+        raise UsageError("generate needs a prompt. Give --prompt TEXT or --prompt-file FILE.")
+    if stream and (as_json or len(texts) > 1):
+        raise UsageError("--stream prints one text as it grows: use it with one prompt and without --json.")
+    from effc.runtime.session import load
+
+    with load(engine, threads=threads) as opened:
+        results = opened.generate(
+            texts,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+            stop=stop,
+            stream=_print_piece if stream else None,
+            chat=chat,
+        )
+    if as_json:
+        print_json({"results": [{"prompt": text, **asdict(result)} for text, result in zip(texts, results)]})
+    elif stream:
+        click.echo("")
+    else:
+        for result in results:
+            click.echo(result.text)
+
+
+def _print_piece(_row: int, text: str) -> None:
+    click.echo(text, nl=False)
+    sys.stdout.flush()

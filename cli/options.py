@@ -1,0 +1,60 @@
+"""Option groups that several commands share; each flag is spelled and explained once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+Decorator = Callable[[Command], Command]
+
+TASKS = ("causal-lm", "encoder", "vision", "vision-language", "generic")
+DTYPES = ("float32", "bfloat16", "float16")
+
+model_argument = click.argument("model")
+engine_argument = click.argument("engine", type=click.Path(path_type=Path))
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout and nothing else.")
+quiet_option = click.option("-q", "--quiet", is_flag=True, help="No progress and no notes on stderr.")
+threads_option = click.option(
+    "--threads", type=click.IntRange(min=1), default=None, help="Threads to compute with. Default: the physical cores."
+)
+task_option = click.option(
+    "--task", type=click.Choice(TASKS), default=None, help="What the model is for. Default: read from the model."
+)
+dtype_option = click.option(
+    "--dtype",
+    type=click.Choice(DTYPES),
+    default=None,
+    help="Store float weights so. Default: as the source does; quantised GGUF blocks become bfloat16.",
+)
+twin_option = click.option(
+    "--twin", is_flag=True, help="Use a twin of the model: same architecture, two layers, random weights."
+)
+
+
+def model_options(function: Command) -> Command:
+    """How a MODEL is read: `--task`, `--dtype`, `--twin`."""
+    for option in (twin_option, dtype_option, task_option):
+        function = option(function)
+    return function
+
+
+def output_options(function: Command) -> Command:
+    """How results are shown: `--json`, `--quiet`."""
+    for option in (quiet_option, json_option):
+        function = option(function)
+    return function
+
+
+def against_option(text: str, *, required: bool) -> Decorator:
+    """`--against MODEL|ENGINE`.
+
+    Args:
+        text: Help of the option.
+        required: Whether the command needs it.
+    """
+    return click.option("--against", required=required, metavar="MODEL|ENGINE", help=text)

@@ -1,0 +1,338 @@
+"""What each command calls and prints; the library behind it is replaced, so that every answer is known."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+SUMMARY = {
+    "engine": "out",
+    "task": "causal-lm",
+    "target": "ort-cpu",
+    "pipeline": "canonicalize,lossless-weights",
+    "seconds": 1.25,
+    "peak_rss": 123_000_000,
+    "bytes": {
+        "source": 540_000_000,
+        "engine": 380_000_000,
+        "weights_stored": 360_000_000,
+        "weights_memory": 400_000_000,
+    },
+    "passes": [
+        {
+            "name": "canonicalize",
+            "contract": "equivalent",
+            "rewritten": ["a", "b"],
+            "left": [],
+            "measured": {"bitwise": False, "max_abs": 1.5e-6, "max_rel": 2e-7},
+            "seconds": 0.5,
+        },
+        {
+            "name": "lossless-weights",
+            "contract": "exact",
+            "rewritten": ["w1"],
+            "left": [{"site": f"w{i}", "reason": "too small"} for i in range(2, 10)],
+            "measured": {"bitwise": True, "max_abs": 0.0, "max_rel": 0.0},
+            "seconds": 0.5,
+        },
+    ],
+}
+
+
+@dataclass
+class Compiler:
+    """Records what the command asked for."""
+
+    calls: list = field(default_factory=list)
+
+    def optimize(self, model, output, *, progress, announce, **options):
+        self.calls.append((model, output, options))
+        announce("weights 540 MB; needs 1 GB of memory")
+        progress("write", 1, 2)
+        return type("Done", (), {"summary": SUMMARY, "folder": output})
+
+    def reference_engine(self, model, **options):
+        self.calls.append((model, options))
+        return Path("cached")
+
+
+@pytest.fixture
+def compiler(stand_in) -> Compiler:
+    fake = Compiler()
+    stand_in("effc.compiler", optimize=fake.optimize, reference_engine=fake.reference_engine)
+    return fake
+
+
+def test_optimize_json_is_the_summary_and_notes_go_to_stderr(effc, compiler) -> None:
+    result = effc("optimize", "model", "-o", "out", "--passes", "lossless-weights", "--json")
+    assert result.json("optimize") == SUMMARY
+    assert result.err.splitlines() == ["weights 540 MB; needs 1 GB of memory", "… write"]
+    model, output, options = compiler.calls[0]
+    assert (model, output) == ("model", Path("out"))
+    assert options["passes"] == "lossless-weights"
+    assert options["target"] == "ort-cpu"
+
+
+def test_optimize_passes_every_flag_on(effc, compiler, tmp_path) -> None:
+    words = [
+        "--portable",
+        "--allow-noop",
+        "--dry-run",
+        "--twin",
+        "--task",
+        "encoder",
+        "--dtype",
+        "bfloat16",
+        "--target",
+        "t",
+        "--quiet",
+    ]
+    result = effc("optimize", "model", *words, "--dump", tmp_path)
+    assert result.code == 0
+    assert result.err == ""
+    _, output, options = compiler.calls[0]
+    assert output is None
+    expected = {
+        "portable": True,
+        "allow_noop": True,
+        "dry_run": True,
+        "twin": True,
+        "task": "encoder",
+        "dtype": "bfloat16",
+        "target": "t",
+        "dump": tmp_path,
+    }
+    assert {key: options[key] for key in expected} == expected
+
+
+def test_optimize_for_people_names_passes_reasons_and_sizes(effc, compiler) -> None:
+    out = effc("optimize", "model", "-o", "out").out
+    assert "same bits" in out
+    assert "max abs 1.5e-06" in out
+    assert "lossless-weights left w2 alone: too small" in out
+    assert "… and 3 more" in out
+    assert "540.0 MB in the source, 360.0 MB on disk, 400.0 MB in memory" in out
+
+
+def test_optimize_takes_presets_and_recipes(effc, compiler, tmp_path) -> None:
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text('[pipeline]\npasses = "fuse"\ntarget = "other"\n')
+    assert effc("optimize", "m", "-o", "out", "--preset", "lossless").code == 0
+    assert effc("optimize", "m", "-o", "out", "--recipe", recipe).code == 0
+    assert effc("optimize", "m", "-o", "out", "--recipe", recipe, "--target", "ort-cpu").code == 0
+    chosen = [(options["passes"], options["target"]) for _, _, options in compiler.calls]
+    assert chosen == [("lossless-weights", "ort-cpu"), ("fuse", "other"), ("fuse", "ort-cpu")]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["optimize", "m"], "Name one with -o DIR"),
+        (["optimize", "m", "-o", "o", "--passes", "fuse", "--preset", "lossless"], "--passes and --preset both"),
+        (["optimize", "m", "-o", "o", "--preset", "losless"], "Did you mean 'lossless'?"),
+        (["generate", "e"], "Give --prompt"),
+        (["generate", "e", "--prompt", "a", "--stream", "--json"], "--stream"),
+        (["generate", "e", "--prompt", "a", "--prompt", "b", "--stream"], "--stream"),
+        (["passes", "lossles-weights"], "Did you mean 'lossless-weights'?"),
+    ],
+)
+def test_wrong_requests(effc, compiler, words, message) -> None:
+    result = effc(*words)
+    assert result.code == 2
+    assert message in result.err
+    assert result.out == ""
+
+
+def measurement(**more):
+    shapes = [{"batch": 2, "seq": 5, "past": 7, "max_abs": 1e-6}, {"batch": 1, "seq": 1, "max_abs": 0.0}]
+    perplexity = {"source": 20.0, "engine": 20.0, "ratio": 1.0}
+    figures = {
+        "bitwise": False,
+        "max_abs": 1e-6,
+        "max_rel": 1e-7,
+        "top1": 1.0,
+        "perplexity": perplexity,
+        "shapes": shapes,
+    }
+    return {**figures, **more}
+
+
+class OpenEngine:
+    """An engine that answers from memory."""
+
+    def __init__(self, folder, threads):
+        self.folder, self.threads = folder, threads
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        return None
+
+    def generate(self, prompts, *, stream, **options):
+        @dataclass
+        class Generation:
+            text: str
+            token_ids: list
+            finish_reason: str = "length"
+            prompt_tokens: int = 3
+            prefill_seconds: float = 0.1
+            decode_seconds: float = 0.2
+
+        self.options = options
+        texts = [f"{prompt} and [more]" for prompt in prompts]
+        for row, text in enumerate(texts):
+            for piece in text.split(" ") if stream else ():
+                stream(row, piece)
+        return [Generation(text, [1, 2]) for text in texts]
+
+    def embed(self, texts, *, batch_size, normalize):
+        return np.array([[len(text), 0.5] for text in texts], dtype=np.float32)
+
+
+@pytest.fixture
+def session(stand_in):
+    stand_in("effc.runtime.session", load=lambda folder, threads=None: OpenEngine(folder, threads))
+
+
+def test_generate(effc, session, tmp_path) -> None:
+    result = effc("generate", "e", "--prompt", "one", "--prompt", "two", "--json")
+    content = result.json("generate")["results"]
+    assert [row["prompt"] for row in content] == ["one", "two"]
+    assert content[0]["text"] == "one and [more]"
+    assert effc("generate", "e", "--prompt", "x", "--stream").out == "xand[more]\n"
+    file = tmp_path / "prompt.txt"
+    file.write_text("from a file", encoding="utf-8")
+    assert effc("generate", "e", "--prompt-file", file).out == "from a file and [more]\n"
+
+
+def test_embed(effc, session, tmp_path) -> None:
+    file = tmp_path / "texts.txt"
+    file.write_bytes("a\r\n\nüü".encode())
+    expected = [[1.0, 0.5], [0.0, 0.5], [2.0, 0.5]]
+    assert effc("embed", "e", file, "--json").json("embed")["embeddings"] == expected
+    assert effc("embed", "e", file).out == "1 0.5\n0 0.5\n2 0.5\n"
+    array = tmp_path / "vectors.npy"
+    result = effc("embed", "e", file, "-o", array)
+    assert (result.code, result.out) == (0, "")
+    np.testing.assert_array_equal(np.load(array), np.float32(expected))
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_embed_refuses_nothing_and_what_is_no_text(effc, session, tmp_path) -> None:
+    empty, binary = tmp_path / "empty", tmp_path / "binary"
+    empty.write_bytes(b"")
+    binary.write_bytes(b"\xff\xfe\x00")
+    assert effc("embed", "e", empty).code == 3
+    assert effc("embed", "e", binary).code == 3
+    assert effc("embed", "e", tmp_path / "missing").code == 2
+
+
+def test_verify_builds_the_reference_of_a_model_and_takes_an_engine_as_it_is(
+    effc, session, compiler, stand_in, tmp_path
+) -> None:
+    seen = []
+
+    def verify_engine(engine, reference, **options):
+        seen.append((engine.folder, reference.folder, options))
+        return measurement()
+
+    stand_in("effc.verify.evaluation", verify_engine=verify_engine)
+    (tmp_path / "effc.json").write_text("{}")
+    text = tmp_path / "text.txt"
+    text.write_text("words", encoding="utf-8")
+    assert effc("verify", "e", "--against", "model", "--json").json("verify") == measurement()
+    assert effc("verify", "e", "--against", tmp_path, "--text", text, "--tokens", "9", "--context", "4").code == 0
+    assert [(str(engine), str(reference)) for engine, reference, _ in seen] == [("e", "cached"), ("e", str(tmp_path))]
+    assert seen[1][2] == {"text": "words", "tokens": 9, "context": 4}
+    assert compiler.calls == [("model", {"dtype": None, "task": None, "twin": False})]
+
+
+def test_verify_prints_the_figures_and_fails_when_the_contract_does_not_hold(effc, session, compiler, stand_in) -> None:
+    stand_in("effc.verify.evaluation", verify_engine=lambda *_, **__: measurement(holds=False, reason="max_rel 0.5"))
+    result = effc("verify", "e", "--against", "m", "--json")
+    assert result.code == 1
+    assert result.json("verify")["holds"] is False
+    assert "does not keep its contract. max_rel 0.5" in result.err
+    people = effc("verify", "e", "--against", "m").out
+    assert "ratio 1.0" in people
+    assert "1e-06" in people
+
+
+def test_bench(effc, compiler, stand_in) -> None:
+    rate = {"median": 50.0, "min": 48.0, "max": 51.0}
+    side = {
+        "decode_tokens_per_s": rate,
+        "prefill_tokens_per_s": rate,
+        "items_per_s": None,
+        "load_s": 0.5,
+        "peak_rss": 9,
+        "bytes": 8,
+    }
+    seen = {}
+
+    def bench_engine(folder, against_folder=None, **options):
+        seen.update(options, folder=folder, against=against_folder)
+        both = {"against": side, "ratio": {"decode_tokens_per_s": 1.25, "bytes": 0.7}} if against_folder else {}
+        return {"engine": side, **both}
+
+    stand_in("effc.verify.benchmark", bench_engine=bench_engine)
+    words = ["--prompt-tokens", "7", "--new-tokens", "3", "--batch", "2", "--threads", "1", "--repeats", "4"]
+    content = effc("bench", "e", "--against", "m", *words, "--json").json("bench")
+    assert content["ratio"]["bytes"] == 0.7
+    assert {key: seen[key] for key in ("prompt_tokens", "new_tokens", "batch", "threads", "repeats")} == {
+        "prompt_tokens": 7,
+        "new_tokens": 3,
+        "batch": 2,
+        "threads": 1,
+        "repeats": 4,
+    }
+    assert seen["against"] == Path("cached")
+    people = effc("bench", "e").out
+    assert "50.00 (48.00–51.00)" in people
+    assert "ratio" not in people
+    assert "items" not in people
+
+
+def test_doctor_names_what_is_missing_and_the_command_that_installs_it(effc, stand_in) -> None:
+    facts = {
+        "version": "1",
+        "isa": None,
+        "isas": [],
+        "kernels": None,
+        "onnxruntime": "1.32",
+        "gpu": [],
+        "targets": {"ort-cpu": {"available": False, "reason": "no kernels [x]"}},
+        "python": "3.11",
+        "platform": "Linux",
+        "cores": 2,
+        "packages": {"torch": None},
+        "missing": [{"what": "torch", "why": "models are read with it", "install": "pip install 'effc[torch]'"}],
+    }
+    stand_in("effc.environment", environment=lambda: facts)
+    assert effc("doctor", "--json").json("doctor") == facts
+    out = effc("doctor").out
+    assert "pip install 'effc[torch]'" in out
+    assert "no kernels [x]" in out
+    assert "gpu          none" in out
+
+
+def test_passes_are_listed_and_have_pages(effc) -> None:
+    listed = effc("passes", "--json").json("passes")["passes"]
+    assert {"canonicalize", "lossless-weights"} <= {row["name"] for row in listed}
+    people = effc("passes").out
+    assert all(row["name"] in people for row in listed)
+    for row in listed:
+        page = effc("passes", row["name"], "--json").json("pass")
+        assert page["contract"] == row["contract"]
+        assert page["doc"].startswith(row["summary"])
+        assert effc("passes", row["name"]).out.startswith(f"{row['name']} ({row['contract']})")
+
+
+def test_json_is_all_there_is_on_stdout(effc, compiler) -> None:
+    out = effc("optimize", "m", "-o", "o", "--json").out
+    content, end = json.JSONDecoder().raw_decode(out)
+    assert out[end:] == "\n"
+    assert content == SUMMARY
