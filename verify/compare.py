@@ -52,7 +52,7 @@ class OutputDifferences:
         """`bitwise`, `max_abs`, `max_rel`, `top1`, and `kl` where it was asked for."""
         figures = self.overall().to_json()
         if self.kl_rows:
-            figures["kl"] = None if self.kl is None else finite(self.kl)
+            figures["kl"] = finite(self.kl)
         return figures
 
 
@@ -94,5 +94,6 @@ def _logits_kl(
     valid = valid_positions("logits", expected, shape, mask)
     if valid is not None:
         expected, value = expected[valid], value[valid]
-    rows = int(np.prod(expected.shape[:-1], dtype=np.int64))
-    return (kl_divergence(expected, value), rows) if rows else (None, 0)
+    vocab = expected.shape[-1]
+    divergences = kl_divergence(expected.reshape(-1, vocab), value.reshape(-1, vocab))
+    return (float(divergences.mean()), len(divergences)) if len(divergences) else (None, 0)

@@ -1,18 +1,20 @@
-"""Feeds for a program or an engine, made from its interface: the shapes that break models, real text where possible."""
+"""Feeds made from an interface: the shapes that break models, real text where possible.
+
+Imports nothing of the compiler, so a process that measures an engine's memory can use it.
+"""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import ml_dtypes
 import numpy as np
-import onnx_ir as ir
 from effc.errors import InputError
-from effc.ir.program import Program, Task
 from effc.runtime.bundle import Manifest, Port
+from effc.runtime.limits import position_limit, text_config
 
 OTHER_SIZE = 5
 """Size of a symbolic axis with no known meaning: odd, and no other size in use."""
@@ -72,19 +74,10 @@ class Interface:
         return frozenset((port.name, port.dtype, str(port.shape)) for port in self.inputs if port.name in self.cache)
 
 
-def program_interface(program: Program) -> Interface:
-    """Interface of a program: graph inputs that are not weights, tokenizer from the source's assets."""
-    ports = [_port(value) for value in program.graph.inputs if not value.is_initializer()]
-    cache = frozenset(str(past.name) for past, _ in program.cache_pairs())
-    tokenizer = _tokenizer(program.source.assets.get("tokenizer.json"))
-    pad_left = bool(cache) or program.task == Task.CAUSAL_LM
-    return Interface(ports, program.source.config, tokenizer, cache, pad_left)
-
-
 def manifest_interface(manifest: Manifest, tokenizer: Tokenizer | None = None) -> Interface:
     """Interface of an engine; its cache is the runtime's business and not among the inputs."""
     cache = frozenset(port.input for port in manifest.cache.ports) if manifest.cache else frozenset()
-    pad_left = bool(cache) or manifest.task == Task.CAUSAL_LM
+    pad_left = bool(cache) or manifest.task == "causal-lm"
     return Interface(manifest.inputs, manifest.config, tokenizer, cache, pad_left)
 
 
@@ -92,23 +85,28 @@ def hard_shapes(interface: Interface) -> tuple[FeedShape, ...]:
     """The shapes that break models: unequal lengths on an empty cache, one token on a cache, long, a single token.
 
     The long shape reaches past the sliding window by its cache, where the model has a window of at most 1024.
+    No shape is longer than the model has positions for.
     """
-    if not interface.cache:
-        return (FeedShape(3, 7, 0, True), FeedShape(1, 67), FeedShape(1, 1))
-    window = text_config(interface.config).get("sliding_window") or 0
-    long_past = window + 3 if 0 < window <= 1024 else 61
-    return (
-        FeedShape(3, 7, 0, True),
-        FeedShape(2, 1, 9, True),
-        FeedShape(1, 6, long_past),
-        FeedShape(1, 67),
-        FeedShape(1, 1),
-    )
+    shapes = [FeedShape(3, 7, 0, True), FeedShape(1, 67), FeedShape(1, 1)]
+    if interface.cache:
+        window = text_config(interface.config).get("sliding_window") or 0
+        long_past = window + 3 if 0 < window <= 1024 else 61
+        shapes[1:1] = [FeedShape(2, 1, 9, True), FeedShape(1, 6, long_past)]
+    limit = position_limit(interface.config)
+    return tuple(dict.fromkeys(_shortened(shape, limit) for shape in shapes))
+
+
+def _shortened(shape: FeedShape, limit: int | None) -> FeedShape:
+    if limit is None or shape.past + shape.seq <= limit:
+        return shape
+    seq = min(shape.seq, max(1, limit // 2))
+    return replace(shape, seq=seq, past=min(shape.past, max(0, limit - seq)))
 
 
 def quick_shapes(interface: Interface) -> tuple[FeedShape, ...]:
     """One shape with every difficulty in it, for models where each evaluation is expensive."""
-    return (FeedShape(2, 5, 4 if interface.cache else 0, True),)
+    shape = FeedShape(2, 5, 4 if interface.cache else 0, True)
+    return (_shortened(shape, position_limit(interface.config)),)
 
 
 def make_feed(interface: Interface, shape: FeedShape, *, seed: int = 0) -> dict[str, np.ndarray]:
@@ -152,28 +150,6 @@ def valid_positions(name: str, array: np.ndarray, shape: FeedShape, mask: np.nda
     if array.ndim >= 3 and array.shape[:2] == (shape.batch, shape.seq):
         return np.asarray(mask[:, shape.past :] == 1)
     return None
-
-
-def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The part of a configuration that describes the text model."""
-    inner = config.get("text_config")
-    return inner if isinstance(inner, Mapping) else config
-
-
-def _port(value: ir.Value) -> Port:
-    if value.dtype is None or value.shape is None:
-        raise InputError(f"input {value.name!r} has no type or shape. Export the model again with typed inputs.")
-    dims = [dim if isinstance(dim, int) else str(dim.value or "") for dim in value.shape]
-    return Port(str(value.name), value.dtype.numpy().name, dims)
-
-
-def _tokenizer(asset: Any) -> Tokenizer | None:
-    if asset is None:
-        return None
-    from tokenizers import Tokenizer as Fast
-
-    fast = Fast.from_str(asset.decode("utf-8")) if isinstance(asset, bytes) else Fast.from_file(str(asset))
-    return lambda text: fast.encode(text).ids
 
 
 def _sizes(port: Port, shape: FeedShape, config: Mapping[str, Any]) -> tuple[int, ...]:

@@ -45,9 +45,9 @@ class Difference:
         return figures
 
 
-def finite(number: float) -> float | None:
+def finite(number: float | None) -> float | None:
     """The number, None when it is infinite or NaN: JSON has neither."""
-    return float(number) if math.isfinite(number) else None
+    return float(number) if number is not None and math.isfinite(number) else None
 
 
 def same_bits(reference: np.ndarray, value: np.ndarray) -> bool:
@@ -152,31 +152,32 @@ def merge(differences: Iterable[Difference]) -> Difference:
     )
 
 
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Natural-log probabilities of logits [..., vocab], float64."""
-    wide = logits.astype(np.float64)
-    wide -= wide.max(axis=-1, keepdims=True)
-    wide -= np.log(np.exp(wide).sum(axis=-1, keepdims=True))
-    return wide
-
-
-def kl_divergence(reference: np.ndarray, value: np.ndarray) -> float:
-    """Mean over rows of KL(reference ‖ value) in nats, from logits [..., vocab]; NaN logits give NaN, 0 rows give 0."""
-    vocab = reference.shape[-1]
-    total, rows = 0.0, 0
-    for a, b in zip(reference.reshape(-1, vocab), value.reshape(-1, vocab), strict=True):
-        log_p, log_q = log_softmax(a), log_softmax(b)
-        p = np.exp(log_p)
-        total += float(np.sum(np.where(p > 0, p * (log_p - log_q), 0.0)))
-        rows += 1
-    return total / rows if rows else 0.0
+def log_sum_exp(logits: np.ndarray) -> np.ndarray:
+    """Ln Σ exp over the last axis, float64 [...]; exponentials in the dtype given, sums in float64."""
+    top = logits.max(axis=-1, keepdims=True)
+    sums = np.exp(logits - top).sum(axis=-1, dtype=np.float64)
+    return np.asarray(top[..., 0].astype(np.float64) + np.log(sums))
 
 
 def negative_log_likelihood(logits: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """-ln p(target) for logits [rows, vocab] and ids [rows], float64 [rows]; row by row, so memory stays small."""
+    """-ln p(target) in nats for logits [rows, vocab] and ids [rows], float64 [rows]."""
     losses = np.empty(len(targets), np.float64)
     for row, target in enumerate(targets):
-        wide = logits[row].astype(np.float64)
-        top = wide.max()
-        losses[row] = top + np.log(np.exp(wide - top).sum()) - wide[target]
+        losses[row] = log_sum_exp(logits[row]) - np.float64(logits[row, target])
     return losses
+
+
+def kl_divergence(reference: np.ndarray, value: np.ndarray) -> np.ndarray:
+    """KL(reference ‖ value) in nats of each row of logits [rows, vocab], float64 [rows].
+
+    Σ p (a - b) - (lse(a) - lse(b)), which is accurate where the logits a and b are close, because only their
+    difference is rounded.
+    """
+    divergences = np.empty(len(reference), np.float64)
+    for row, (a, b) in enumerate(zip(reference, value, strict=True)):
+        lse_a, lse_b = log_sum_exp(a), log_sum_exp(b)
+        # Impossible tokens of the reference add nothing, whatever the other says of them.
+        p = np.exp(a.astype(np.float64) - lse_a)
+        gap = np.subtract(a, b, dtype=np.float64, where=p > 0, out=np.zeros(a.shape))
+        divergences[row] = np.maximum(p @ gap - (lse_a - lse_b), 0.0)
+    return divergences

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
-from effc.ir.program import Program
-from effc.verify.inputs import FeedShape, attention_mask, make_feed, program_interface
+import onnx_ir as ir
+from effc.errors import InputError
+from effc.ir.program import Program, Task
+from effc.runtime.bundle import Port
+from effc.verify.inputs import FeedShape, Interface, Tokenizer, attention_mask, make_feed
 from effc.verify.streaming import DEFAULT_LIMIT, Observer, evaluate
 
 
@@ -51,3 +55,28 @@ class Snapshot:
 
     def _feeds(self, shapes: Iterable[FeedShape]) -> list[dict[str, np.ndarray]]:
         return [make_feed(self.interface, shape, seed=self.seed) for shape in shapes]
+
+
+def program_interface(program: Program) -> Interface:
+    """Interface of a program: graph inputs that are not weights, tokenizer from the source's assets."""
+    ports = [_port(value) for value in program.graph.inputs if not value.is_initializer()]
+    cache = frozenset(str(past.name) for past, _ in program.cache_pairs())
+    tokenizer = _tokenizer(program.source.assets.get("tokenizer.json"))
+    pad_left = bool(cache) or program.task == Task.CAUSAL_LM
+    return Interface(ports, program.source.config, tokenizer, cache, pad_left)
+
+
+def _port(value: ir.Value) -> Port:
+    if value.dtype is None or value.shape is None:
+        raise InputError(f"input {value.name!r} has no type or shape. Export the model again with typed inputs.")
+    dims = [dim if isinstance(dim, int) else str(dim.value or "") for dim in value.shape]
+    return Port(str(value.name), value.dtype.numpy().name, dims)
+
+
+def _tokenizer(asset: Any) -> Tokenizer | None:
+    if asset is None:
+        return None
+    from tokenizers import Tokenizer as Fast
+
+    fast = Fast.from_str(asset.decode("utf-8")) if isinstance(asset, bytes) else Fast.from_file(str(asset))
+    return lambda text: fast.encode(text).ids
