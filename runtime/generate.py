@@ -252,21 +252,23 @@ class _Batch:
         logits = np.empty(0)
         for start in range(0, self.width, chunk):
             last = start + chunk >= self.width
-            logits = self._run(self._ids[:, start : start + chunk], wanted=last)
+            logits = self._run(self._ids[:, start : start + chunk], 1, wanted=last)
         return logits
 
     def step(self, tokens: Sequence[int | None]) -> np.ndarray:
         """Append one token to every row, padding where it is None; logits [batch, vocabulary]."""
         column = [[self._pad if token is None else token] for token in tokens]
-        return self._run(np.array(column, np.int64), wanted=True)
+        # A row that has ended no longer counts on: it could pass the model's last position.
+        running = np.array([[token is not None] for token in tokens], np.int64)
+        return self._run(np.array(column, np.int64), running, wanted=True)
 
-    def _run(self, ids: np.ndarray, *, wanted: bool) -> np.ndarray:
+    def _run(self, ids: np.ndarray, running: np.ndarray | int, *, wanted: bool) -> np.ndarray:
         start, end = self._state.length, self._state.length + ids.shape[1]
         feeds = {
             "input_ids": ids,
             "attention_mask": self._mask[:, :end],
             # Padding gets position 0; a row counts from its own first token.
-            "position_ids": np.maximum(np.arange(start, end)[None, :] - self._starts, 0),
+            "position_ids": np.maximum(np.arange(start, end)[None, :] - self._starts, 0) * running,
         }
         taken = {name: feeds[name].astype(dtype, copy=False) for name, dtype in self._dtypes.items()}
         outputs = self._state.run(taken, [LOGITS] if wanted else [])
@@ -281,14 +283,13 @@ def _decode(engine: Engine, rows: Sequence[_Row], sampler: Sampler, prefill_chun
     logits = batch.prefill(prefill_chunk or _default_chunk(engine, len(rows), batch.width))
     read = time.perf_counter()
     while True:
-        tokens = [None if row.finish_reason else sampler.choose(row.index, logits[row.index]) for row in rows]
-        for row, token in zip(rows, tokens):
-            if token is not None:
-                row.accept(token)
+        for row in rows:
+            if not row.finish_reason:
+                row.accept(sampler.choose(row.index, logits[row.index]))
                 row.prefill_seconds, row.decode_seconds = read - begun, time.perf_counter() - read
         if all(row.finish_reason for row in rows):
             return
-        logits = batch.step(tokens)
+        logits = batch.step([None if row.finish_reason else row.ids[-1] for row in rows])
 
 
 def _check_interface(engine: Engine) -> None:
