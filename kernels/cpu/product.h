@@ -1,0 +1,234 @@
+// The one product algorithm of all instruction sets and layouts. Included by one translation unit
+// per instruction set, which brings its vector class V and a reader of weights for each layout.
+//
+// A block is 4 * V::kLanes weights in four vectors; vector j, lane 4 * l + i holds weight
+// 16 * l + 4 * j + i of the block. Every reader delivers this order, so all layouts of a weight
+// take part in the same additions in the same order.
+#pragma once
+
+#include <cstring>
+#include <utility>
+
+#include "cpu/isa.h"
+
+#define EFFC_INLINE inline __attribute__((always_inline))
+#define EFFC_INLINE_LAMBDA __attribute__((always_inline))
+
+namespace effc {
+namespace {
+
+template <int kCount, class Fn, int... kIndex>
+EFFC_INLINE void UnrollImpl(Fn& fn, std::integer_sequence<int, kIndex...>) {
+  (fn(std::integral_constant<int, kIndex>{}), ...);
+}
+
+// fn(0) .. fn(kCount - 1) with compile-time arguments.
+template <int kCount, class Fn>
+EFFC_INLINE void Unroll(Fn&& fn) {
+  UnrollImpl<kCount>(fn, std::make_integer_sequence<int, kCount>{});
+}
+
+template <class V>
+constexpr int64_t kBlock = 4 * V::kLanes;
+
+template <class V>
+constexpr int kBlocksPerTile = kTile / kBlock<V>;
+
+// Walks one group of weight rows in lockstep: fn(offset, vectors of row 0.., of row 1.., ...).
+template <class V, class Reader, int kRows, class Fn>
+EFFC_INLINE void Walk(Reader (&readers)[kRows], int64_t columns, Fn&& fn) {
+  constexpr int64_t kB = kBlock<V>;
+  const int64_t tiles = columns / kTile;
+  typename V::Vec v[kRows][4];
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    Unroll<kRows>([&](auto r) EFFC_INLINE_LAMBDA { readers[r].StartTile(tile); });
+    Unroll<kBlocksPerTile<V>>([&](auto b) EFFC_INLINE_LAMBDA {
+      Unroll<kRows>([&](auto r) EFFC_INLINE_LAMBDA { readers[r].template Block<b>(v[r]); });
+      fn(tile * kTile + b * kB, v);
+    });
+  }
+  const int64_t rest = columns - tiles * kTile;
+  if (rest == 0) return;
+  Unroll<kRows>([&](auto r) EFFC_INLINE_LAMBDA { readers[r].StartTile(tiles); });
+  Unroll<kBlocksPerTile<V>>([&](auto b) EFFC_INLINE_LAMBDA {
+    const int64_t left = rest - b * kB;
+    if (left <= 0) return;
+    Unroll<kRows>([&](auto r) EFFC_INLINE_LAMBDA {
+      if (left >= kB) {
+        readers[r].template Block<b>(v[r]);
+      } else {
+        readers[r].template PartialBlock<b>(left, v[r]);
+      }
+    });
+    fn(tiles * kTile + b * kB, v);
+  });
+}
+
+// kM rows of x against kRows rows of the weight, four accumulators a dot.
+template <class V, class Reader, int kRows, int kM>
+EFFC_INLINE void FewRows(const WeightView& w, const float* x, int64_t x_stride, int64_t row,
+                         float* y, int64_t y_stride) {
+  Reader readers[kRows];
+  Unroll<kRows>([&](auto r) EFFC_INLINE_LAMBDA { readers[r].Open(w, row + r); });
+  typename V::Vec acc[kRows][kM][4];
+  Unroll<kRows * kM * 4>(
+      [&](auto i) EFFC_INLINE_LAMBDA { acc[i / (4 * kM)][i / 4 % kM][i % 4] = V::Zero(); });
+  Walk<V, Reader, kRows>(readers, w.columns, [&](int64_t k, auto& v) EFFC_INLINE_LAMBDA {
+    Unroll<kM * 4>([&](auto i) EFFC_INLINE_LAMBDA {
+      const typename V::Vec xv = V::Load(x + i / 4 * x_stride + k + i % 4 * V::kLanes);
+      Unroll<kRows>([&](auto r) EFFC_INLINE_LAMBDA {
+        acc[r][i / 4][i % 4] = V::MulAdd(v[r][i % 4], xv, acc[r][i / 4][i % 4]);
+      });
+    });
+  });
+  Unroll<kRows * kM>([&](auto i) EFFC_INLINE_LAMBDA {
+    auto& a = acc[i / kM][i % kM];
+    y[i % kM * y_stride + row + i / kM] = V::Sum(V::Add(V::Add(a[0], a[1]), V::Add(a[2], a[3])));
+  });
+}
+
+template <class V, class Reader, int kM>
+void FewRowsRange(const WeightView& w, const float* x, int64_t x_stride, int64_t begin, int64_t end,
+                  float* y, int64_t y_stride) {
+  constexpr int kRows = kM == 1 ? V::kRowsInFlight : 1;
+  int64_t row = begin;
+  for (; row + kRows <= end; row += kRows) {
+    FewRows<V, Reader, kRows, kM>(w, x, x_stride, row, y, y_stride);
+  }
+  for (; row < end; ++row) FewRows<V, Reader, 1, kM>(w, x, x_stride, row, y, y_stride);
+}
+
+// kRows unpacked weight rows against kM rows of x, one accumulator a dot.
+template <class V, int kRows, int kM>
+EFFC_INLINE void DenseTile(const float* w, int64_t w_stride, const float* x, int64_t x_stride,
+                           int64_t length, float* y, int64_t y_stride) {
+  typename V::Vec acc[kRows][kM];
+  Unroll<kRows * kM>([&](auto i) EFFC_INLINE_LAMBDA { acc[i / kM][i % kM] = V::Zero(); });
+  for (int64_t k = 0; k < length; k += V::kLanes) {
+    typename V::Vec xv[kM];
+    Unroll<kM>([&](auto m) EFFC_INLINE_LAMBDA { xv[m] = V::Load(x + m * x_stride + k); });
+    Unroll<kRows>([&](auto r) EFFC_INLINE_LAMBDA {
+      const typename V::Vec wv = V::Load(w + r * w_stride + k);
+      Unroll<kM>([&](auto m) EFFC_INLINE_LAMBDA { acc[r][m] = V::MulAdd(wv, xv[m], acc[r][m]); });
+    });
+  }
+  Unroll<kRows * kM>([&](auto i) EFFC_INLINE_LAMBDA {
+    y[i % kM * y_stride + i / kM] = V::Sum(acc[i / kM][i % kM]);
+  });
+}
+
+template <class V, int kRows>
+void DenseRows(const float* w, int64_t w_stride, const float* x, int64_t x_stride, int64_t m,
+               int64_t length, float* y, int64_t y_stride) {
+  int64_t i = 0;
+  for (; i + 4 <= m; i += 4) {
+    DenseTile<V, kRows, 4>(w, w_stride, x + i * x_stride, x_stride, length, y + i * y_stride,
+                           y_stride);
+  }
+  for (; i < m; ++i) {
+    DenseTile<V, kRows, 1>(w, w_stride, x + i * x_stride, x_stride, length, y + i * y_stride,
+                           y_stride);
+  }
+}
+
+template <class V, class Reader>
+void UnpackRow(const WeightView& w, int64_t row, float* out) {
+  Reader readers[1];
+  readers[0].Open(w, row);
+  Walk<V, Reader, 1>(readers, w.columns, [&](int64_t k, auto& v) EFFC_INLINE_LAMBDA {
+    Unroll<4>([&](auto j) EFFC_INLINE_LAMBDA { V::Store(out + k + j * V::kLanes, v[0][j]); });
+  });
+}
+
+// Any number of rows of x: each weight row is unpacked once, then used by all of them.
+template <class V, class Reader>
+void ManyRowsRange(const WeightView& w, const float* x, int64_t x_stride, int64_t m, int64_t begin,
+                   int64_t end, float* y, int64_t y_stride, float* scratch) {
+  const int64_t stride = PaddedColumns(w.columns);
+  const int64_t length = (w.columns + kBlock<V> - 1) / kBlock<V> * kBlock<V>;
+  for (int64_t row = begin; row < end; row += 4) {
+    const int64_t rows = end - row < 4 ? end - row : 4;
+    for (int64_t r = 0; r < rows; ++r) UnpackRow<V, Reader>(w, row + r, scratch + r * stride);
+    if (rows == 4) {
+      DenseRows<V, 4>(scratch, stride, x, x_stride, m, length, y + row, y_stride);
+    } else {
+      for (int64_t r = 0; r < rows; ++r) {
+        DenseRows<V, 1>(scratch + r * stride, stride, x, x_stride, m, length, y + row + r,
+                        y_stride);
+      }
+    }
+  }
+}
+
+template <class V, class Reader>
+void ProductWith(const WeightView& w, const float* x, int64_t x_stride, int64_t m, int64_t begin,
+                 int64_t end, float* y, int64_t y_stride, float* scratch) {
+  switch (m) {
+    case 0:
+      return;
+    case 1:
+      return FewRowsRange<V, Reader, 1>(w, x, x_stride, begin, end, y, y_stride);
+    case 2:
+      return FewRowsRange<V, Reader, 2>(w, x, x_stride, begin, end, y, y_stride);
+    case 3:
+      return FewRowsRange<V, Reader, 3>(w, x, x_stride, begin, end, y, y_stride);
+    case 4:
+      return FewRowsRange<V, Reader, 4>(w, x, x_stride, begin, end, y, y_stride);
+    default:
+      return ManyRowsRange<V, Reader>(w, x, x_stride, m, begin, end, y, y_stride, scratch);
+  }
+}
+
+template <class V, class Reader>
+void WidenWith(const WeightView& w, int64_t begin, int64_t end, float* out, int64_t stride) {
+  for (int64_t row = begin; row < end; ++row, out += stride) {
+    Reader readers[1];
+    readers[0].Open(w, row);
+    Walk<V, Reader, 1>(readers, w.columns, [&](int64_t k, auto& v) EFFC_INLINE_LAMBDA {
+      if (w.columns - k >= kBlock<V>) {
+        V::StoreNatural(out + k, v[0]);
+      } else {
+        float block[kBlock<V>];
+        V::StoreNatural(block, v[0]);
+        std::memcpy(out + k, block, (w.columns - k) * sizeof(float));
+      }
+    });
+  }
+}
+
+// Calls fn with the reader type of the weight.
+template <template <Layout, Type> class Reader, class Fn>
+EFFC_INLINE void Dispatch(const WeightView& w, Fn&& fn) {
+  if (w.layout == Layout::kRank4) {
+    if (w.low != nullptr) return fn(static_cast<Reader<Layout::kRank4, Type::kFloat>*>(nullptr));
+    return fn(static_cast<Reader<Layout::kRank4, Type::kBfloat16>*>(nullptr));
+  }
+  if (w.layout == Layout::kRank3) {
+    if (w.low != nullptr) return fn(static_cast<Reader<Layout::kRank3, Type::kFloat>*>(nullptr));
+    return fn(static_cast<Reader<Layout::kRank3, Type::kBfloat16>*>(nullptr));
+  }
+  if (w.dtype == Type::kFloat) return fn(static_cast<Reader<Layout::kRaw, Type::kFloat>*>(nullptr));
+  if (w.dtype == Type::kFloat16) {
+    return fn(static_cast<Reader<Layout::kRaw, Type::kFloat16>*>(nullptr));
+  }
+  return fn(static_cast<Reader<Layout::kRaw, Type::kBfloat16>*>(nullptr));
+}
+
+template <class V, template <Layout, Type> class Reader>
+void Product(const WeightView& w, const float* x, int64_t x_stride, int64_t m, int64_t begin,
+             int64_t end, float* y, int64_t y_stride, float* scratch) {
+  Dispatch<Reader>(w, [&](auto* reader) {
+    ProductWith<V, std::remove_pointer_t<decltype(reader)>>(w, x, x_stride, m, begin, end, y,
+                                                            y_stride, scratch);
+  });
+}
+
+template <class V, template <Layout, Type> class Reader>
+void Widen(const WeightView& w, int64_t begin, int64_t end, float* out, int64_t stride) {
+  Dispatch<Reader>(w, [&](auto* reader) {
+    WidenWith<V, std::remove_pointer_t<decltype(reader)>>(w, begin, end, out, stride);
+  });
+}
+
+}  // namespace
+}  // namespace effc

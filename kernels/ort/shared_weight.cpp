@@ -1,0 +1,95 @@
+#include "ort/shared_weight.h"
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <map>
+#include <mutex>
+#include <string_view>
+#include <thread>
+#include <tuple>
+
+#include "cpu/codec.h"
+#include "cpu/isa.h"
+
+namespace effc::ort {
+namespace {
+
+using Key = std::tuple<Layout, Layout, Type, int64_t, int64_t, std::vector<const void*>>;
+
+int LoadThreads() {
+  return std::clamp(static_cast<int>(std::thread::hardware_concurrency()), 1, 16);
+}
+
+// The layout a Huffman weight takes in memory.
+Layout RuntimeLayout(const Spec& spec) {
+  const char* wanted = std::getenv("EFFC_RUNTIME_LAYOUT");
+  if (wanted != nullptr && *wanted) {
+    const Layout layout = ParseLayout(wanted);
+    if (layout == Layout::kHuffman) {
+      throw Error("EFFC_RUNTIME_LAYOUT must be raw, rank4 or rank3");
+    }
+    return spec.dtype == Type::kFloat16 ? Layout::kRaw : layout;
+  }
+  if (spec.dtype == Type::kFloat16) return Layout::kRaw;
+  const bool dense =
+      spec.dtype == Type::kBfloat16 && std::string_view(ActiveKernels().name) == "avx512";
+  return dense ? Layout::kRank3 : Layout::kRank4;
+}
+
+// Lets the system take back pages that will not be read again. Their content is kept.
+void DropPages(const Tensor& tensor) {
+#ifdef MADV_PAGEOUT
+  const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(tensor.data) + page - 1) / page * page;
+  const uintptr_t end =
+      (reinterpret_cast<uintptr_t>(tensor.data) + static_cast<uintptr_t>(tensor.count())) / page *
+      page;
+  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_PAGEOUT);
+#else
+  static_cast<void>(tensor);
+#endif
+}
+
+std::unique_ptr<RuntimeWeight> Load(const Spec& spec, Layout layout, Layout runtime,
+                                    const std::vector<Tensor>& tensors) {
+  const int threads = LoadThreads();
+  if (layout != Layout::kHuffman) {
+    return OpenWeight(spec, layout, tensors.data(), tensors.size(), threads);
+  }
+  std::vector<OwnedTensor> made =
+      Transcode(spec, layout, tensors.data(), tensors.size(), runtime, threads);
+  std::vector<Tensor> views;
+  for (const OwnedTensor& tensor : made) views.push_back(tensor.view);
+  std::unique_ptr<RuntimeWeight> weight =
+      OpenWeight(spec, runtime, views.data(), views.size(), threads);
+  for (OwnedTensor& tensor : made) weight->owned.push_back(std::move(tensor.memory));
+  DropPages(tensors[2]);
+  if (runtime == Layout::kRaw) DropPages(tensors[0]);
+  return weight;
+}
+
+}  // namespace
+
+std::shared_ptr<const RuntimeWeight> SharedWeight(const Spec& spec, Layout layout,
+                                                  const std::vector<Tensor>& tensors) {
+  static std::mutex mutex;
+  static auto& cache = *new std::map<Key, std::weak_ptr<const RuntimeWeight>>;
+  CheckTensors(spec, layout, tensors.data(), tensors.size());
+  const Layout runtime = layout == Layout::kHuffman ? RuntimeLayout(spec) : layout;
+  std::vector<const void*> pointers;
+  for (const Tensor& tensor : tensors) pointers.push_back(tensor.data);
+  const Key key{layout, runtime, spec.dtype, spec.rows, spec.columns, std::move(pointers)};
+  const std::lock_guard<std::mutex> lock(mutex);
+  std::erase_if(cache, [](const auto& entry) { return entry.second.expired(); });
+  if (const auto found = cache.find(key); found != cache.end()) {
+    if (auto weight = found->second.lock()) return weight;
+  }
+  std::shared_ptr<const RuntimeWeight> weight = Load(spec, layout, runtime, tensors);
+  cache[key] = weight;
+  return weight;
+}
+
+}  // namespace effc::ort
