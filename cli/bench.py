@@ -54,7 +54,6 @@ def command(
     """
     with reporting(quiet=quiet) as reporter:
         other = None if against is None else engine_folder(against, reporter, task=task, dtype=dtype, twin=twin)
-        reporter.progress("measure", 0, 0)
         from effc.verify.benchmark import bench_engine
 
         result = bench_engine(
@@ -65,6 +64,7 @@ def command(
             batch=batch,
             threads=threads,
             repeats=repeats,
+            progress=lambda text: reporter.progress(text, 0, 0),
         )
     if as_json:
         print_json(result)

@@ -22,6 +22,9 @@ quiet_option = click.option("-q", "--quiet", is_flag=True, help="No progress and
 threads_option = click.option(
     "--threads", type=click.IntRange(min=1), default=None, help="Threads to compute with. Default: the physical cores."
 )
+budget_option = click.option(
+    "--budget", metavar="TEXT", help="Limits of approximation: `max-rel=0.05,top1=0.98,kl=0.01,perplexity=1.02`."
+)
 task_option = click.option(
     "--task", type=click.Choice(TASKS), default=None, help="What the model is for. Default: read from the model."
 )

@@ -8,7 +8,14 @@ from typing import Any
 import click
 
 from effc.cli.models import engine_folder
-from effc.cli.options import against_option, engine_argument, model_options, output_options, threads_option
+from effc.cli.options import (
+    against_option,
+    budget_option,
+    engine_argument,
+    model_options,
+    output_options,
+    threads_option,
+)
 from effc.cli.output import number, print_json, print_table, reporting
 from effc.errors import ContractError
 
@@ -18,9 +25,10 @@ from effc.errors import ContractError
 @against_option("The model the engine was made from, or another engine.", required=True)
 @click.option("--text", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="Text to measure on.")
 @click.option(
-    "--tokens", type=click.IntRange(min=2), default=2048, show_default=True, help="Tokens of the text to use."
+    "--tokens", type=click.IntRange(min=2), default=8192, show_default=True, help="Tokens of the text to use."
 )
 @click.option("--context", type=click.IntRange(min=2), default=512, show_default=True, help="Tokens per window.")
+@budget_option
 @threads_option
 @model_options
 @output_options
@@ -30,6 +38,7 @@ def command(
     text: Path | None,
     tokens: int,
     context: int,
+    budget: str | None,
     threads: int | None,
     task: str | None,
     dtype: str | None,
@@ -39,27 +48,25 @@ def command(
 ) -> None:
     """Compare ENGINE with the model it was made from: outputs, next tokens, perplexity, many shapes.
 
-    The exit code is 1 when the engine does not keep the contract it was built under.
+    The exit code is 1 when an engine of exact and equivalent passes differs by more than rounding, or when the
+    budget is missed.
     """
     with reporting(quiet=quiet) as reporter:
         folder = engine_folder(against, reporter, task=task, dtype=dtype, twin=twin)
-        from effc.runtime.session import load
-        from effc.verify.evaluation import verify_engine
+        from effc.verification import verify
 
         reporter.progress("compare", 0, 0)
-        words = None if text is None else text.read_text(encoding="utf-8")
-        result = verify_engine(
-            load(engine, threads=threads), load(folder, threads=threads), text=words, tokens=tokens, context=context
-        )
+        result = verify(engine, folder, text=text, tokens=tokens, context=context, threads=threads, budget=budget)
     if as_json:
         print_json(result)
     else:
         _print_result(result)
-    if result.get("holds") is False:
-        raise ContractError(f"{engine}: does not keep its contract. {result.get('reason', '')}".strip())
+    if not result["holds"]:
+        raise ContractError(f"{engine}: does not keep its contract: {result['reason']}.")
 
 
 def _print_result(result: dict[str, Any]) -> None:
+    click.echo(f"contract    {result['contract']}, {'kept' if result['holds'] else 'broken'}")
     click.echo(f"same bits   {'yes' if result['bitwise'] else 'no'}")
     click.echo(f"max abs     {number(result['max_abs'])}")
     click.echo(f"max rel     {number(result['max_rel'])}")

@@ -146,17 +146,22 @@ def test_wrong_requests(effc, compiler, words, message) -> None:
 
 
 def measurement(**more):
-    shapes = [{"batch": 2, "seq": 5, "past": 7, "max_abs": 1e-6}, {"batch": 1, "seq": 1, "max_abs": 0.0}]
-    perplexity = {"source": 20.0, "engine": 20.0, "ratio": 1.0}
-    figures = {
+    return {
         "bitwise": False,
         "max_abs": 1e-6,
         "max_rel": 1e-7,
         "top1": 1.0,
-        "perplexity": perplexity,
-        "shapes": shapes,
+        "perplexity": {"source": 20.0, "engine": 20.0, "ratio": 1.0},
+        "shapes": [
+            {"batch": 2, "seq": 5, "past": 7, "max_abs": 1e-6},
+            {"batch": 1, "seq": 1, "past": 0, "max_abs": 0.0},
+        ],
+        "contract": "equivalent",
+        "allowed": 1e-3,
+        "holds": True,
+        "reason": "",
+        **more,
     }
-    return {**figures, **more}
 
 
 class OpenEngine:
@@ -231,31 +236,32 @@ def test_embed_refuses_nothing_and_what_is_no_text(effc, session, tmp_path) -> N
 
 
 def test_verify_builds_the_reference_of_a_model_and_takes_an_engine_as_it_is(
-    effc, session, compiler, stand_in, tmp_path
+    effc, compiler, stand_in, tmp_path
 ) -> None:
     seen = []
 
-    def verify_engine(engine, reference, **options):
-        seen.append((engine.folder, reference.folder, options))
+    def verify(engine, reference, **options):
+        seen.append((engine, reference, options))
         return measurement()
 
-    stand_in("effc.verify.evaluation", verify_engine=verify_engine)
+    stand_in("effc.verification", verify=verify)
     (tmp_path / "effc.json").write_text("{}")
     text = tmp_path / "text.txt"
     text.write_text("words", encoding="utf-8")
+    words = ["--tokens", "9", "--context", "4", "--threads", "2", "--budget", "top1=0.9"]
     assert effc("verify", "e", "--against", "model", "--json").json("verify") == measurement()
-    assert effc("verify", "e", "--against", tmp_path, "--text", text, "--tokens", "9", "--context", "4").code == 0
-    assert [(str(engine), str(reference)) for engine, reference, _ in seen] == [("e", "cached"), ("e", str(tmp_path))]
-    assert seen[1][2] == {"text": "words", "tokens": 9, "context": 4}
+    assert effc("verify", "e", "--against", tmp_path, "--text", text, *words).code == 0
+    assert [(str(ours), str(other)) for ours, other, _ in seen] == [("e", "cached"), ("e", str(tmp_path))]
+    assert seen[1][2] == {"text": text, "tokens": 9, "context": 4, "threads": 2, "budget": "top1=0.9"}
     assert compiler.calls == [("model", {"dtype": None, "task": None, "twin": False})]
 
 
-def test_verify_prints_the_figures_and_fails_when_the_contract_does_not_hold(effc, session, compiler, stand_in) -> None:
-    stand_in("effc.verify.evaluation", verify_engine=lambda *_, **__: measurement(holds=False, reason="max_rel 0.5"))
+def test_verify_prints_the_figures_and_fails_when_the_contract_does_not_hold(effc, compiler, stand_in) -> None:
+    stand_in("effc.verification", verify=lambda *_, **__: measurement(holds=False, reason="max_rel 0.5"))
     result = effc("verify", "e", "--against", "m", "--json")
     assert result.code == 1
     assert result.json("verify")["holds"] is False
-    assert "does not keep its contract. max_rel 0.5" in result.err
+    assert "does not keep its contract: max_rel 0.5" in result.err
     people = effc("verify", "e", "--against", "m").out
     assert "ratio 1.0" in people
     assert "1e-06" in people
