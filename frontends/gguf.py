@@ -10,11 +10,11 @@ from typing import Any
 
 import onnx_ir as ir
 
-from effc.errors import InputError
 from effc.frontends import binding, checked, skeleton, twin
 from effc.frontends.architecture import choose
 from effc.frontends.assets import saved_tokenizer
 from effc.frontends.environment import offline_and_quiet, require
+from effc.frontends.gguf_config import load_config
 from effc.frontends.gguf_header import GgufHeader, read_gguf_header
 from effc.frontends.gguf_tensors import PLAIN, module_tensors
 from effc.frontends.hashing import start_content_hash
@@ -60,32 +60,6 @@ def import_gguf(path: Path, request: Request) -> Program:
         return replace(program, source=replace(source, content_hash=digest.result(), notes=tuple(notes)))
 
 
-def load_config(header: GgufHeader) -> Any:
-    """The transformers configuration that the file's metadata stands for.
-
-    Raises:
-        InputError: transformers does not know the architecture, or the metadata is incomplete.
-    """
-    require("gguf", "Reading GGUF")
-    require("transformers", "Reading GGUF")
-    from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    try:
-        config = AutoConfig.from_pretrained(
-            str(header.path.parent), gguf_file=header.path.name, trust_remote_code=False, local_files_only=True
-        )
-    except Exception as error:
-        raise InputError(
-            f"{header.path}: transformers cannot configure the GGUF architecture {header.architecture!r} "
-            f"({type(error).__name__}: {str(error)[:200]}). Import the original Hugging Face model instead."
-        ) from error
-    if not getattr(config, "architectures", None):
-        name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
-        config.architectures = [name] if isinstance(name, str) else None
-    return config
-
-
 def file_weights(
     header: GgufHeader, model: Any, config: Any, dtype: ir.DataType
 ) -> tuple[binding.Weights, list[str]]:
@@ -107,12 +81,15 @@ def _kind_name(kind: int) -> str:
 def tokenizer_assets(path: Path, config: Any) -> tuple[dict[str, Path | bytes], list[str]]:
     """Tokenizer and generation settings made from the file's metadata."""
     from transformers import AutoTokenizer, GenerationConfig
+    from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
     generation = GenerationConfig.from_model_config(config).to_diff_dict()
     assets: dict[str, Path | bytes] = {"generation_config.json": json.dumps(generation, indent=2).encode()}
     try:
+        # Naming the type keeps transformers from reading the configuration out of the file once more.
+        known = {"tokenizer_type": config.model_type} if config.model_type in TOKENIZER_MAPPING_NAMES else {}
         tokenizer = AutoTokenizer.from_pretrained(
-            str(path.parent), gguf_file=path.name, trust_remote_code=False, local_files_only=True
+            str(path.parent), gguf_file=path.name, trust_remote_code=False, local_files_only=True, **known
         )
     except Exception as error:
         return assets, [f"The file gives no tokenizer ({type(error).__name__}: {str(error)[:150]})."]

@@ -55,13 +55,20 @@ class GgufHeader:
 
     Attributes:
         path: The file.
-        metadata: Keys and values; arrays longer than 4096 are left out.
+        typed: Key -> (value type, value); the value of an array is (element type, list). Long arrays are left out.
+        long_arrays: Key -> length of the arrays left out.
         tensors: The tensors, in file order.
     """
 
     path: Path
-    metadata: Mapping[str, Any]
+    typed: Mapping[str, tuple[int, Any]]
+    long_arrays: Mapping[str, int]
     tensors: tuple[GgufTensor, ...]
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """Keys and values without their types."""
+        return {key: value[1] if kind == ARRAY else value for key, (kind, value) in self.typed.items()}
 
     @property
     def architecture(self) -> str:
@@ -89,6 +96,7 @@ class _Reader:
         self.path = path
         self.blob = blob
         self.position = 0
+        self.long_arrays: dict[str, int] = {}
 
     def read(self) -> GgufHeader:
         if self.take(4, "the magic number") != MAGIC:
@@ -100,12 +108,13 @@ class _Reader:
             raise InputError(f"{self.path}: is {kind}; effc reads little-endian GGUF of versions 2 and 3.")
         tensor_count = self.count("tensors", TENSORS_LIMIT, 24)
         pair_count = self.count("key-value pairs", KEY_VALUES_LIMIT, 13)
-        metadata = self.metadata(pair_count)
+        typed = self.metadata(pair_count)
         entries = [self.tensor() for _ in range(tensor_count)]
-        return GgufHeader(self.path, metadata, self.place(entries, metadata.get("general.alignment", 32)))
+        alignment = typed.get("general.alignment", (4, 32))[1]
+        return GgufHeader(self.path, typed, self.long_arrays, self.place(entries, alignment))
 
     def take(self, length: int, what: str) -> bytes:
-        if length > len(self.blob) - self.position:
+        if self.position + length > len(self.blob):
             raise _damaged(self.path, f"it ends inside {what} at byte {self.position}")
         self.position += length
         return self.blob[self.position - length : self.position]
@@ -128,16 +137,19 @@ class _Reader:
         except UnicodeDecodeError as error:
             raise _damaged(self.path, f"{what} is not UTF-8") from error
 
-    def metadata(self, pair_count: int) -> dict[str, Any]:
-        result: dict[str, Any] = {}
+    def metadata(self, pair_count: int) -> dict[str, tuple[int, Any]]:
+        result: dict[str, tuple[int, Any]] = {}
         for index in range(pair_count):
             key = self.string(f"key {index}", NAME_LIMIT)
-            if key in result:
+            if key in result or key in self.long_arrays:
                 raise _damaged(self.path, f"key {key!r} appears twice")
-            result[key] = self.value(self.number("I", key), key)
-        if not isinstance(result.get("general.architecture"), str):
+            kind = self.number("I", key)
+            value = self.value(kind, key)
+            if value is not None:
+                result[key] = (kind, value)
+        if result.get("general.architecture", (None,))[0] != STRING:
             raise _damaged(self.path, "it has no `general.architecture`")
-        return {key: value for key, value in result.items() if value is not None}
+        return result
 
     def value(self, kind: int, key: str) -> Any:
         if kind in FORMATS:
@@ -148,19 +160,22 @@ class _Reader:
             return self.array(key)
         raise _damaged(self.path, f"{key} has the unknown value type {kind}")
 
-    def array(self, key: str) -> list[Any] | None:
+    def array(self, key: str) -> tuple[int, list[Any]] | None:
         kind, count = self.number("I", key), self.number("Q", key)
-        if kind in FORMATS:
-            data = self.take(count * WIDTHS[kind], key)
-            return list(struct.unpack(f"<{count}{FORMATS[kind]}", data)) if count <= KEPT_ARRAY else None
-        if kind != STRING:
+        if kind not in FORMATS and kind != STRING:
             raise _damaged(self.path, f"{key} is an array of the unsupported type {kind}")
-        if count * 8 > len(self.blob) - self.position:
-            raise _damaged(self.path, f"{key} claims {count} strings, more than fit")
+        if count * WIDTHS.get(kind, 8) > len(self.blob) - self.position:
+            raise _damaged(self.path, f"{key} claims {count} values, more than fit")
         if count <= KEPT_ARRAY:
-            return [self.string(key) for _ in range(count)]
+            return kind, [self.value(kind, key) for _ in range(count)]
+        self.long_arrays[key] = count
+        if kind in FORMATS:
+            self.position += count * WIDTHS[kind]
+            return None
         for _ in range(count):
-            self.take(self.number("Q", key), key)
+            length = self.number("Q", key)
+            self.position += length
+            self.take(0, key)
         return None
 
     def tensor(self) -> tuple[str, tuple[int, ...], int, int]:
