@@ -78,7 +78,7 @@ def enforce_budget(result: dict[str, Any], budget: Budget) -> None:
     missing = {name for name in ("top1", "kl") if figures[name] is None}
     problems = budget.broken({name: figure for name, figure in figures.items() if name not in missing})
     if problems:
-        raise ContractError(f"the engine misses the budget: {'; '.join(problems)}. Use milder passes or a wider budget.")
+        raise ContractError(f"the engine misses the budget: {'; '.join(problems)}. Use milder passes.")
 
 
 def _check_request(engine: Engine, reference: Engine, tokens: int, context: int) -> None:

@@ -66,8 +66,8 @@ def token_feed(engine: Engine, ids: np.ndarray, past: int) -> dict[str, np.ndarr
     for port in engine.manifest.inputs:
         if port.name not in made:
             raise InputError(
-                f"{engine.folder}: input {port.name!r} is not made from tokens ({', '.join(made)}), so text cannot be run "
-                "through it. Use `Engine.run`."
+                f"{engine.folder}: input {port.name!r} is not made from tokens ({', '.join(made)}), so text cannot be "
+                "run through it. Use `Engine.run`."
             )
         feed[port.name] = np.ascontiguousarray(made[port.name], np.dtype(port.dtype))
     return feed

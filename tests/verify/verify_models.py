@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir as ir
+from effc.backends import backend
+from effc.backends.engine_folder import new_engine_folder, seal
 from effc.ir.program import Program, Source, Task
 from onnx import TensorProto, helper, numpy_helper
 
@@ -123,7 +127,23 @@ def causal_outputs(layers: int) -> list[onnx.ValueInfoProto]:
 def causal_lm(layers: int = 2) -> Program:
     """`causal_lm_proto` as a program."""
     source = Source("memory", "tiny", {"vocab_size": VOCAB})
-    return Program(ir.from_proto(causal_lm_proto(layers)), Task.CAUSAL_LM, source)
+    model = ir.from_proto(onnx.shape_inference.infer_shapes(causal_lm_proto(layers), data_prop=True))
+    return Program(model, Task.CAUSAL_LM, source)
+
+
+def write_engine(program: Program, folder: Path, *, portable: bool = False) -> Path:
+    """An engine folder by the ort-cpu backend."""
+    lower = backend("ort-cpu")
+    lowered = lower.lower(program, portable=portable)
+    with new_engine_folder(folder) as partial:
+        seal(partial, lower.write(lowered, partial, portable=portable))
+    return folder
+
+
+def encoder() -> Program:
+    """`encoder_proto` as a program."""
+    source = Source("memory", "tiny", {"vocab_size": VOCAB})
+    return Program(ir.from_proto(encoder_proto()), Task.ENCODER, source)
 
 
 def encoder_proto() -> onnx.ModelProto:
