@@ -58,6 +58,8 @@ def _slice(node: ir.Node) -> Content:
 
 def _binary(operation: Callable[[Size, Size], Size]) -> Callable[[ir.Node], Content]:
     def rule(node: ir.Node) -> Content:
+        if len(node.inputs) != 2:
+            return None
         left, right = content_of(node.inputs[0]), content_of(node.inputs[1])
         if left is None or right is None or not (len(left) == len(right) or 1 in (len(left), len(right))):
             return None

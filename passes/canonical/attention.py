@@ -8,7 +8,8 @@ Vaswani et al., "Attention Is All You Need", 2017, section 3.2.1.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace as changed
+from dataclasses import dataclass
+from dataclasses import replace as changed
 
 import numpy as np
 import onnx_ir as ir
@@ -17,7 +18,7 @@ from effc.ir.rewrite import sizes
 from effc.ir.rewrite.constants import new_integers, new_scalar, scalar
 from effc.ir.rewrite.dataflow import attribute_int, consumers, is_op, operands, producer, scaled
 from effc.ir.rewrite.edit import insert, insert_value, replace
-from effc.ir.rewrite.sizes import Size, shape_of
+from effc.ir.rewrite.sizes import shape_of
 
 OP = "Attention"
 FILLING = -1e4
@@ -181,9 +182,9 @@ def raise_attention(graph: ir.Graph, site: AttentionSite) -> ir.Node:
     k, k_scale = strip_scale(scores.k_transposed, before)
     rank = len(shape_of(q) or ())
     k = insert_value(before, "Transpose", [k], {"perm": [*range(rank - 2), rank - 1, rank - 2]})
-    shape = shape_of(producer(site.output, "MatMul").inputs[0])  # type: ignore[union-attr]
-    assert shape is not None
-    mask = _mask(graph, scores, shape, before)
+    mask = _mask(graph, scores, before)
+    if mask is not None:
+        mask = full_mask(mask, q, k, before)
     values = [q, k, site.v]
     if rank == 3:
         values = [insert_value(before, "Unsqueeze", [value, new_integers(graph, 1)]) for value in values]
@@ -219,8 +220,8 @@ def strip_scale(value: ir.Value, before: ir.Node) -> tuple[ir.Value, float]:
     return insert_value(before, node.op_type, [inner, *node.inputs[1:]], node.attributes), factor
 
 
-def _mask(graph: ir.Graph, scores: Scores, shape: tuple[Size, ...], before: ir.Node) -> ir.Value | None:
-    """One mask for the operation: boolean when all parts are, else additive; its last two axes are those of the scores."""
+def _mask(graph: ir.Graph, scores: Scores, before: ir.Node) -> ir.Value | None:
+    """One mask for the operation: boolean when all parts are, else additive."""
     if not scores.masks:
         return None
     booleans = [_kept(mask, kind, before) for mask, kind in scores.masks if kind != "add"]
@@ -233,9 +234,7 @@ def _mask(graph: ir.Graph, scores: Scores, shape: tuple[Size, ...], before: ir.N
         assert bias.dtype is not None
         lowest = new_scalar(graph, float(np.finfo(np.float32).min if bias.dtype == ir.DataType.FLOAT else -65504.0), bias.dtype)
         bias, keep = insert_value(before, "Where", [keep, bias, lowest]), None
-    mask = keep if keep is not None else bias
-    assert mask is not None
-    return full_mask(graph, mask, shape, before)
+    return keep if keep is not None else bias
 
 
 def _kept(mask: ir.Value, kind: str, before: ir.Node) -> ir.Value:
@@ -269,12 +268,10 @@ def _boolean_of(mask: ir.Value, before: ir.Node) -> ir.Value:
     return mask
 
 
-def full_mask(graph: ir.Graph, mask: ir.Value, shape: tuple[Size, ...], before: ir.Node) -> ir.Value:
+def full_mask(mask: ir.Value, q: ir.Value, k: ir.Value, before: ir.Node) -> ir.Value:
     """The mask expanded so that its last two axes are those of the scores: onnxruntime does not broadcast them."""
-    own = shape_of(mask) or ()
-    if len(own) >= 2 and all(sizes.same(a, b) or (a != 1 and not sizes.is_known(b)) for a, b in zip(own[-2:], shape[-2:])):
+    own, queries, keys = shape_of(mask) or (), shape_of(q) or (), shape_of(k) or ()
+    if len(own) >= 2 and sizes.same(own[-2], queries[-2]) and sizes.same(own[-1], keys[-2]):
         return mask
-    q, k = producer(before.outputs[0], "MatMul"), None
-    assert q is not None and q.inputs[0] is not None and k is None
-    target = insert_value(before, "Shape", [q.inputs[0]], {"start": len(shape) - 2, "end": len(shape)})
-    return insert_value(before, "Expand", [mask, target])
+    rows = [insert_value(before, "Shape", [value], {"start": len(queries) - 2, "end": len(queries) - 1}) for value in (q, k)]
+    return insert_value(before, "Expand", [mask, insert_value(before, "Concat", rows, {"axis": 0})])

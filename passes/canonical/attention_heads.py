@@ -102,7 +102,7 @@ def absorb_cache(node: ir.Node) -> str | None:
     replace(node.outputs[0], new.outputs[0])
     replace(k.outputs[0], new.outputs[1], before=node)
     replace(v.outputs[0], new.outputs[2], before=node)
-    graph.remove(node, safe=False)
+    graph.remove(node, safe=True)
     return None
 
 

@@ -11,8 +11,10 @@ import onnx_ir as ir
 
 from effc.ir.analysis.layer_names import layer_of
 from effc.ir.rewrite.edit import remove_dead
+from effc.ir.rewrite.inference import infer_graph
 from effc.passes.base import LeftAlone
-from effc.passes.canonical import attention, attention_heads, gelu, layer_norm, rms_norm, rotary
+from effc.passes.canonical import attention, attention_heads, attention_mask, gelu, layer_norm, rms_norm, rotary
+from effc.passes.canonical.shape_arithmetic import SizeSources
 from effc.passes.canonical.simplify import simplify
 
 
@@ -94,3 +96,8 @@ def _widen_attention(model: ir.Model, raised: Raised) -> None:
             raised.left.append(LeftAlone(name, reason))
         if (widened or node.graph is None) and name not in raised.rewritten:
             raised.rewritten.append(name)
+    infer_graph(graph)
+    sources = SizeSources(graph)
+    for node in list(graph):
+        if attention_heads.is_attention(node):
+            attention_mask.rebuild_mask(graph, node, sources)

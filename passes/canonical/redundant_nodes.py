@@ -102,11 +102,24 @@ def _transpose(node: ir.Node) -> bool:
     inner = producer(value, "Transpose")
     first = permutation(inner) if inner is not None else None
     if inner is None or first is None:
-        return order == tuple(range(len(order))) and _bypass(node, value)
+        return (order == tuple(range(len(order))) and _bypass(node, value)) or _moves_only_ones(node, value, order)
     merged = [first[axis] for axis in order]
     if merged == sorted(merged):
         return _bypass(node, inner.inputs[0])
     return _bypass(node, insert_value(node, "Transpose", [inner.inputs[0]], {"perm": merged}))
+
+
+def _moves_only_ones(node: ir.Node, value: ir.Value, order: tuple[int, ...]) -> bool:
+    """`Transpose` that moves nothing but axes of size 1 -> `Reshape`."""
+    shape, wanted = shape_of(value), shape_of(node.outputs[0])
+    if shape is None or wanted is None or value.is_initializer():
+        return False
+    real = [axis for axis in order if shape[axis] != 1]
+    target = reshape_target(shape, wanted) if real == sorted(real) else None
+    graph = node.graph
+    if target is None or graph is None:
+        return False
+    return _bypass(node, insert_value(node, "Reshape", [value, new_integers(graph, *target)]))
 
 
 def _reshape_of_view(node: ir.Node) -> bool:
@@ -193,7 +206,7 @@ def _unchanged_operand(node: ir.Node, value: ir.Value) -> bool:
     return _bypass(node, value)
 
 
-def _single_concat(node: ir.Node) -> bool:
+def _single_operand(node: ir.Node) -> bool:
     return len(node.inputs) == 1 and _bypass(node, node.inputs[0])
 
 
@@ -293,10 +306,11 @@ RULES: dict[str, tuple[Callable[[ir.Node], bool], ...]] = {
     "Transpose": (_transpose,),
     "Reshape": (_unchanged, _reshape_of_view),
     "Expand": (_unchanged,),
+    **dict.fromkeys(("Max", "Min", "Sum", "Mean"), (_single_operand,)),
     "Unsqueeze": (_unsqueeze_of_unsqueeze,),
     "Squeeze": (_squeeze_of_unsqueeze,),
     "Slice": (_slice,),
-    "Concat": (_single_concat,),
+    "Concat": (_single_operand,),
     "SplitToSequence": (_split_sequence,),
     "Gemm": (_gemm,),
     "MatMul": (_sink_row_reshape,),

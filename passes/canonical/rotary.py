@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from dataclasses import replace as changed
 
 import onnx_ir as ir
 
@@ -29,11 +30,12 @@ class RotarySite:
 
     Attributes:
         output: The value the raised node will compute.
-        x: `[batch, heads, seq, head_size]`.
-        cos: Full-width cosines `[1 or batch, 1, seq, width]`, repeated halves (or pairs when interleaved).
+        x: `[batch, heads, seq, head_size]`, or `[batch, seq, heads, head_size]` when `heads_last` says so.
+        cos: Full-width cosines, one row per token shared by all heads, of repeated halves (or pairs when interleaved).
         sin: Same for the sines.
         width: How many leading elements of a head are rotated.
         interleaved: Whether neighbours form the pairs instead of halves.
+        heads_last: Whether tokens come before heads in x.
     """
 
     output: ir.Value
@@ -42,6 +44,7 @@ class RotarySite:
     sin: ir.Value
     width: int
     interleaved: bool
+    heads_last: bool
 
 
 def match_rotary(node: ir.Node) -> RotarySite | str | None:
@@ -56,11 +59,11 @@ def match_rotary(node: ir.Node) -> RotarySite | str | None:
         shape = shape_of(x)
         if shape is None or len(shape) != 4 or not isinstance(shape[3], int):
             return f"rotation found, but x has shape {shape}, not [batch, heads, seq, head_size]"
-        for table in (cos, sin):
-            reason = _unfit(table, shape, interleaved)
-            if reason is not None:
-                return reason
-        return _widened(RotarySite(node.outputs[0], x, cos, sin, shape[3], interleaved))
+        for heads_last in (False, True):
+            reasons = [_unfit(table, shape, interleaved, heads_last) for table in (cos, sin)]
+            if reasons == [None, None]:
+                return _widened(RotarySite(node.outputs[0], x, cos, sin, shape[3], interleaved, heads_last))
+        return next(reason for reason in reasons if reason is not None)
     return None
 
 
@@ -138,13 +141,14 @@ def _unsqueezed_last(value: ir.Value | None) -> ir.Value | None:
     return node.inputs[0] if node is not None and axes_of(node, rank) == (rank - 1,) else None
 
 
-def _unfit(table: ir.Value, x_shape: tuple[Size, ...], interleaved: bool) -> str | None:
+def _unfit(table: ir.Value, x_shape: tuple[Size, ...], interleaved: bool, heads_last: bool) -> str | None:
     """Why a table of cosines or sines does not fit the standard operation; None when it does."""
     shape = shape_of(table)
     if shape is None or len(shape) not in (2, 3, 4):
         return f"rotation found, but its table has shape {shape}"
     padded = (1,) * (4 - len(shape)) + shape
-    if padded[1] != 1 or not same(padded[3], x_shape[3]) or not same(padded[2], x_shape[2]):
+    heads, tokens = (2, 1) if heads_last else (1, 2)
+    if padded[heads] != 1 or not same(padded[3], x_shape[3]) or not same(padded[tokens], x_shape[tokens]):
         return f"rotation found, but its table of shape {shape} is not one row per token, shared by all heads"
     if not (padded[0] == 1 or same(padded[0], x_shape[0])):
         return f"rotation found, but its table of shape {shape} has another batch size"
@@ -157,9 +161,9 @@ Builder = Callable[[ir.Node], ir.Value]
 
 def _repetition(table: ir.Value, interleaved: bool) -> Builder | None:
     """How to build the half of a table; None when its halves (pairs) are not proven equal."""
-    if _is_repeat(table, interleaved) is not None:
-        half = _is_repeat(table, interleaved)
-        return lambda before: half  # type: ignore[return-value]
+    repeated = _is_repeat(table, interleaved)
+    if repeated is not None:
+        return repeated
     node = table.producer()
     if node is None or not node.inputs or node.inputs[0] is None:
         return None
@@ -188,24 +192,37 @@ def _attributes(node: ir.Node) -> dict[str, ir.Attr]:
     return dict(node.attributes)
 
 
-def _is_repeat(value: ir.Value, interleaved: bool) -> ir.Value | None:
+def _is_repeat(value: ir.Value, interleaved: bool) -> Builder | None:
     """The f of `Concat(f, f)` on the last axis, or of its elements doubled one by one when interleaved."""
     shape = shape_of(value)
     if shape is None:
         return None
-    if not interleaved:
-        node = producer(value, "Concat")
-        last = node is not None and attribute_int(node, "axis", 0) % len(shape) == len(shape) - 1
-        return node.inputs[0] if node is not None and last and len(node.inputs) == 2 and node.inputs[0] is node.inputs[1] else None
+    if interleaved:
+        return _doubled(value, len(shape))
+    node = producer(value, "Concat")
+    if node is None or len(node.inputs) != 2 or attribute_int(node, "axis", 0) % len(shape) != len(shape) - 1:
+        return None
+    half = node.inputs[0]
+    return (lambda before: half) if half is not None and half is node.inputs[1] else None
+
+
+def _doubled(value: ir.Value, rank: int) -> Builder | None:
+    """The f of f with a new last axis, that axis twice (`Concat`, `Expand`, `Tile`), and the last two flattened."""
     view = producer(value, "Reshape")
-    stack = producer(view.inputs[0], "Concat", "Expand") if view is not None else None
-    if stack is None:
+    twice = producer(view.inputs[0], "Concat", "Expand", "Tile") if view is not None else None
+    lifted = producer(twice.inputs[0], "Unsqueeze") if twice is not None else None
+    if twice is None or lifted is None or lifted.inputs[0] is None:
         return None
-    if stack.op_type == "Concat" and len(stack.inputs) == 2 and stack.inputs[0] is not stack.inputs[1]:
+    narrow, wide = shape_of(twice.inputs[0]), shape_of(twice.outputs[0])
+    axes = axes_of(lifted, rank + 1)
+    if narrow is None or wide is None or axes is None or rank not in axes or not same_shape((*narrow[:-1], 2), wide):
         return None
-    half = _unsqueezed_last(stack.inputs[0])
-    doubled = shape_of(stack.outputs[0])
-    return half if half is not None and doubled is not None and doubled[-1] == 2 and len(doubled) == len(shape) + 1 else None
+    if twice.op_type == "Concat" and any(part is not twice.inputs[0] for part in twice.inputs):
+        return None
+    half, others, graph = lifted.inputs[0], [axis for axis in axes if axis != rank], lifted.graph
+    if not others or graph is None:
+        return lambda before: half
+    return lambda before: insert_value(before, "Unsqueeze", [half, new_integers(graph, *others)])
 
 
 def _widened(site: RotarySite) -> RotarySite:
@@ -221,7 +238,7 @@ def _widened(site: RotarySite) -> RotarySite:
         return site
     if part[1:] != (0, site.width, 1) or rest[1:] != (site.width, shape[-1], 1):
         return site
-    return RotarySite(joined.outputs[0], whole, site.cos, site.sin, site.width, site.interleaved)
+    return changed(site, output=joined.outputs[0], x=whole)
 
 
 def raise_rotary(graph: ir.Graph, site: RotarySite) -> None:
@@ -233,7 +250,13 @@ def raise_rotary(graph: ir.Graph, site: RotarySite) -> None:
     x_shape = shape_of(site.x)
     if x_shape is not None and x_shape[-1] != site.width:
         attributes["rotary_embedding_dim"] = site.width
-    replace(site.output, insert(before, OP, [site.x, cos, sin], attributes).outputs[0])
+    x = _swapped(site.x, before) if site.heads_last else site.x
+    result = insert(before, OP, [x, cos, sin], attributes).outputs[0]
+    replace(site.output, _swapped(result, before) if site.heads_last else result)
+
+
+def _swapped(value: ir.Value, before: ir.Node) -> ir.Value:
+    return insert_value(before, "Transpose", [value], {"perm": [0, 2, 1, 3]})
 
 
 def _half_table(graph: ir.Graph, table: ir.Value, site: RotarySite, before: ir.Node) -> ir.Value:
@@ -244,7 +267,7 @@ def _half_table(graph: ir.Graph, table: ir.Value, site: RotarySite, before: ir.N
     shape, x_shape = shape_of(half), shape_of(site.x)
     assert shape is not None and x_shape is not None
     if len(shape) == 4:
-        half = insert_value(before, "Squeeze", [half, new_integers(graph, 1)])
+        half = insert_value(before, "Squeeze", [half, new_integers(graph, 2 if site.heads_last else 1)])
     elif len(shape) == 2:
         half = insert_value(before, "Unsqueeze", [half, new_integers(graph, 0)])
     rows = shape_of(half)
