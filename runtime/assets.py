@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import gzip
 import json
-import zlib
+import lzma
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ SIZE_LIMIT = 512 << 20
 
 
 class Assets:
-    """The text files of one engine folder, by name; a file may be stored gzip-compressed as `NAME.gz`.
+    """The text files of one engine folder, by name; a file may be stored LZMA-compressed as `NAME.xz`.
 
     Args:
         folder: The engine folder.
@@ -29,7 +28,7 @@ class Assets:
 
     def path(self, name: str) -> Path:
         """Where the asset lies or would lie, for messages."""
-        return self._folder / (f"{name}.gz" if f"{name}.gz" in self._names else name)
+        return self._folder / (f"{name}.xz" if f"{name}.xz" in self._names else name)
 
     def read(self, name: str) -> bytes | None:
         """Content of an asset, or None when the engine has none of that name.
@@ -41,9 +40,9 @@ class Assets:
         if path.name not in self._names:
             return None
         try:
-            with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+            with lzma.open(path, "rb") if path.suffix == ".xz" else path.open("rb") as file:
                 data = file.read(SIZE_LIMIT + 1)
-        except (OSError, EOFError, zlib.error) as error:
+        except (OSError, EOFError, lzma.LZMAError) as error:
             raise EngineError(f"{path}: cannot be read ({error}). Copy or build the engine again.") from error
         if len(data) > SIZE_LIMIT:
             raise EngineError(f"{path}: is larger than {SIZE_LIMIT >> 20} MiB. Do not use this engine.")

@@ -10,7 +10,6 @@ from types import TracebackType
 
 import numpy as np
 import onnxruntime as ort
-
 from effc.errors import EngineError, MissingDependencyError, UsageError
 from effc.runtime.assets import Assets
 from effc.runtime.bundle import CachePort, Manifest, Port, check_files, read_manifest
@@ -113,9 +112,7 @@ def _kernel_library(folder: Path) -> str:
     return str(path)
 
 
-def _open(
-    folder: Path, manifest: Manifest, options: ort.SessionOptions, providers: list[str]
-) -> ort.InferenceSession:
+def _open(folder: Path, manifest: Manifest, options: ort.SessionOptions, providers: list[str]) -> ort.InferenceSession:
     path = folder / manifest.model
     if not path.is_file():
         raise EngineError(f"{path}: is missing. Copy or build the engine again.")

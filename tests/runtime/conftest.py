@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import gzip
 import json
+import lzma
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +44,7 @@ def write_engine(
         if not isinstance(content, str | bytes):
             content = json.dumps(content)
         data = content.encode("utf-8") if isinstance(content, str) else content
-        (folder / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+        (folder / name).write_bytes(lzma.compress(data) if name.endswith(".xz") else data)
     values: dict[str, Any] = {
         "effc_version": "0", "task": "generic", "target": "ort-cpu", "portable": True, "needs_kernels": False,
         "model": "model.onnx", "inputs": [], "outputs": [], "cache": None, "pipeline": "", "passes": [],
@@ -64,7 +64,9 @@ def proto(nodes: list[onnx.NodeProto], inputs: Sequence[Port], outputs: Sequence
     """A model of nodes, ports and initializers."""
 
     def info(port: Port) -> onnx.ValueInfoProto:
-        return helper.make_tensor_value_info(port.name, helper.np_dtype_to_tensor_dtype(np.dtype(port.dtype)), port.shape)
+        return helper.make_tensor_value_info(
+            port.name, helper.np_dtype_to_tensor_dtype(np.dtype(port.dtype)), port.shape
+        )
 
     graph = helper.make_graph(
         nodes,
@@ -129,7 +131,12 @@ def _attention(graph: _Graph, layer: int, mode: str, out: str) -> None:
     if mode == "in-place":
         inputs = [*qkv, *past, "last", "total_scalar", "", "", "", "bias"]
         node = helper.make_node(
-            "GroupQueryAttention", inputs, [out, *present], domain="com.microsoft", num_heads=HEADS, kv_num_heads=KV_HEADS
+            "GroupQueryAttention",
+            inputs,
+            [out, *present],
+            domain="com.microsoft",
+            num_heads=HEADS,
+            kv_num_heads=KV_HEADS,
         )
     else:
         node = helper.make_node(
@@ -167,7 +174,9 @@ def lm_ports(mode: str) -> tuple[list[Port], list[Port], CacheLayout]:
     ]
     outputs = [Port("logits", "float32", ["batch", "seq", VOCABULARY])]
     cache = [
-        CachePort(f"past_key_values.{layer}.{kind}", f"present.{layer}.{kind}", "float32", ["batch", KV_HEADS, "past", SIZE])
+        CachePort(
+            f"past_key_values.{layer}.{kind}", f"present.{layer}.{kind}", "float32", ["batch", KV_HEADS, "past", SIZE]
+        )
         for layer in range(LAYERS)
         for kind in ("key", "value")
     ]
@@ -244,7 +253,9 @@ def make_engine(tmp_path: Path) -> Callable[..., Path]:
     def make(nodes: list[onnx.NodeProto], inputs: Sequence[Port], outputs: Sequence[Port],
              weights: Mapping[str, np.ndarray], **manifest: Any) -> Path:  # fmt: skip
         model = proto(nodes, inputs, outputs, weights)
-        return write_engine(tmp_path / "engine", model, **{"inputs": list(inputs), "outputs": list(outputs), **manifest})
+        return write_engine(
+            tmp_path / "engine", model, **{"inputs": list(inputs), "outputs": list(outputs), **manifest}
+        )
 
     return make
 

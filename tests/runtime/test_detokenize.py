@@ -9,7 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers
 
-TEXTS = ["", "a", "hello world", "naïve café", "日本語のテキスト", "👩‍👩‍👧‍👦 family", "mixed é日👍 text", "  two  spaces ", "\n\ttabs\n"]
+TEXTS = [
+    "",
+    "a",
+    "hello world",
+    "naïve café",
+    "日本語のテキスト",
+    "👩‍👩‍👧‍👦 family",
+    "mixed é日👍 text",
+    "  two  spaces ",
+    "\n\ttabs\n",
+]
 
 
 def sentencepiece_like() -> tokenizers.Tokenizer:

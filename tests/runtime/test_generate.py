@@ -37,7 +37,11 @@ def test_every_row_of_a_batch_equals_the_row_alone(make_lm: MakeLm, mode: str) -
     assert {result.finish_reason for result in alone} == {"eos", "length"}
     for one, other in zip(alone, together, strict=True):
         assert one.token_ids == other.token_ids
-        assert (one.text, one.finish_reason, one.prompt_tokens) == (other.text, other.finish_reason, other.prompt_tokens)
+        assert (one.text, one.finish_reason, one.prompt_tokens) == (
+            other.text,
+            other.finish_reason,
+            other.prompt_tokens,
+        )
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -100,7 +104,9 @@ def test_stop_strings_end_the_text_wherever_tokens_end(make_lm: MakeLm, length: 
 def test_streams_of_a_batch_join_to_the_texts(make_lm: MakeLm) -> None:
     pieces: dict[int, list[str]] = {0: [], 1: [], 2: []}
     with load(make_lm()) as engine:
-        results = engine.generate(["a", "bcd", "ü"], max_new_tokens=25, stream=lambda row, text: pieces[row].append(text))
+        results = engine.generate(
+            ["a", "bcd", "ü"], max_new_tokens=25, stream=lambda row, text: pieces[row].append(text)
+        )
     for row, result in enumerate(results):
         assert "".join(pieces[row]) == result.text
         assert all(pieces[row])

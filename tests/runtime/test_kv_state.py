@@ -144,9 +144,8 @@ def test_fixed_state_is_carried_from_run_to_run() -> None:
 
 
 def test_unknown_mode_and_symbol_are_refused(make_lm: Callable[..., Path]) -> None:
-    with load(make_lm()) as engine:
-        with pytest.raises(EngineError, match="cache mode 'paged', which is unknown"):
-            KvState(engine.session, CacheLayout("paged", []), engine.manifest.inputs, 1)
+    with load(make_lm()) as engine, pytest.raises(EngineError, match="cache mode 'paged', which is unknown"):
+        KvState(engine.session, CacheLayout("paged", []), engine.manifest.inputs, 1)
     with pytest.raises(EngineError, match="unknown symbol 'pages'"):
         port_shape(CachePort("k", "k_out", "float32", ["batch", "pages"]), 1, 0)
 
