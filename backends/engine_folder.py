@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import gzip
 import json
+import lzma
 import os
 import shutil
 import tempfile
@@ -17,8 +17,8 @@ from effc.errors import OutputError
 from effc.ir.program import Program
 from effc.runtime.bundle import MANIFEST, Manifest, sha256_file
 
-GZIP_FROM = 4 << 20
-"""Text assets of at least this many bytes are stored gzip-compressed, as NAME.gz."""
+COMPRESS_FROM = 4 << 20
+"""Text assets of at least this many bytes are stored LZMA-compressed, as NAME.xz."""
 
 
 @contextlib.contextmanager
@@ -97,8 +97,8 @@ def write_assets(program: Program, folder: Path) -> None:
         data = content.read_bytes() if isinstance(content, Path) else content
         if name == "tokenizer.json":
             data = json.dumps(json.loads(data), separators=(",", ":"), ensure_ascii=False).encode("utf-8")
-        if len(data) >= GZIP_FROM:
-            (folder / f"{name}.gz").write_bytes(gzip.compress(data, compresslevel=6, mtime=0))
+        if len(data) >= COMPRESS_FROM:
+            (folder / f"{name}.xz").write_bytes(lzma.compress(data, preset=1))
         else:
             (folder / name).write_bytes(data)
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import gzip
 import json
+import lzma
 from pathlib import Path
 
 import onnx_ir as ir
 import pytest
-from effc.backends.engine_folder import GZIP_FROM, new_engine_folder, write_assets
+from effc.backends.engine_folder import COMPRESS_FROM, new_engine_folder, write_assets
 from effc.errors import OutputError
 from effc.ir.program import Program, Source, Task
 from effc.runtime.bundle import MANIFEST
@@ -68,10 +68,10 @@ def test_a_stale_partial_folder_is_removed(tmp_path: Path) -> None:
 
 def test_large_assets_are_compressed_and_the_tokenizer_is_minified(tmp_path: Path) -> None:
     tokenizer = {"model": {"vocab": {f"token {i}": i for i in range(10)}}}
-    big = b"x" * GZIP_FROM
+    big = b"x" * COMPRESS_FROM
     source = Source("memory", "m", assets={"tokenizer.json": json.dumps(tokenizer, indent=2).encode(), "big.txt": big})
     graph = ir.Graph([], [], nodes=[], opset_imports={"": 24})
     write_assets(Program(ir.Model(graph, ir_version=11), Task.GENERIC, source), tmp_path)
     assert b"\n" not in (tmp_path / "tokenizer.json").read_bytes()
     assert json.loads((tmp_path / "tokenizer.json").read_bytes()) == tokenizer
-    assert gzip.decompress((tmp_path / "big.txt.gz").read_bytes()) == big
+    assert lzma.decompress((tmp_path / "big.txt.xz").read_bytes()) == big

@@ -59,8 +59,9 @@ def write_engine(
     return folder
 
 
-def proto(nodes: list[onnx.NodeProto], inputs: Sequence[Port], outputs: Sequence[Port], weights: Mapping[str, np.ndarray]
-          ) -> onnx.ModelProto:  # fmt: skip
+def proto(
+    nodes: list[onnx.NodeProto], inputs: Sequence[Port], outputs: Sequence[Port], weights: Mapping[str, np.ndarray]
+) -> onnx.ModelProto:
     """A model of nodes, ports and initializers."""
 
     def info(port: Port) -> onnx.ValueInfoProto:
