@@ -1,8 +1,8 @@
 """Decoder of one DFloat11 group: Huffman-coded exponents beside raw signs and mantissas, to bf16 words.
 
-Source: Zhang et al. 2025, "70% Size, 100% Accuracy: Lossless LLM Compression for Efficient GPU Inference via Dynamic-Length
-Float" (arXiv 2504.11651), section 3. A thread owns 64 bits of the stream and decodes every code that starts
-there; `gaps` says where its first code starts. All threads are decoded side by side, one code a step.
+Source: Zhang et al. 2025, "70% Size, 100% Accuracy: Lossless LLM Compression for Efficient GPU Inference via
+Dynamic-Length Float" (arXiv 2504.11651), section 3. A thread owns 64 bits of the stream and decodes every
+code that starts there; `gaps` says where its first code starts. All threads are decoded side by side, one code a step.
 """
 
 from __future__ import annotations
