@@ -6,6 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from effc.ir.program import Program
+from effc.passes.base import Contract, LeftAlone, Match, Pass, PassReport, Site
+from effc.passes.canonical.raising import Raised, raise_operations
+from effc.passes.canonical.simplify import simplify
+from effc.passes.canonical.size_names import join_sizes, split_sizes
 from onnx_ir.passes.common import (
     IdentityEliminationPass,
     InlinePass,
@@ -15,12 +20,6 @@ from onnx_ir.passes.common import (
     RemoveUnusedFunctionsPass,
     RemoveUnusedOpsetsPass,
 )
-
-from effc.ir.program import Program
-from effc.passes.base import Contract, LeftAlone, Match, Pass, PassReport, Site
-from effc.passes.canonical.raising import Raised, raise_operations
-from effc.passes.canonical.simplify import simplify
-from effc.passes.canonical.size_names import join_sizes, split_sizes
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ def _canonical(program: Program, names: set[str] | None = None) -> Raised:
     model = program.model
     for step in (
         InlinePass(),
-        RemoveUnusedFunctionsPass(),
+        RemoveUnusedFunctionsPass(),  # type: ignore[no-untyped-call]
         LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         RemoveInitializersFromInputsPass(),
         IdentityEliminationPass(),

@@ -1,9 +1,9 @@
 """What a boolean attention mask says: causal, sliding window, padding.
 
-The expression behind the mask is interpreted over the indices of its axes. Integer values become *ramps* (a size plus the
-index along one axis), comparisons of ramps become bands, and the rest of a conjunction is looked up in a mask of
-tokens. Any spelling made of `Range`, arithmetic, layout nodes, comparisons, `And` and gathers by index is understood;
-anything else makes the whole mask unknown, never partly known.
+The expression behind the mask is interpreted over the indices of its axes. Integer values become *ramps* (a
+size plus the index along one axis), comparisons of ramps become bands, and the rest of a conjunction is looked
+up in a mask of tokens. Any spelling made of `Range`, arithmetic, layout nodes, comparisons, `And` and gathers
+by index is understood; anything else makes the whole mask unknown, never partly known.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import onnx_ir as ir
-
 from effc.ir.rewrite import sizes
 from effc.ir.rewrite.constants import constant_array
 from effc.ir.rewrite.dataflow import STANDARD, attribute_int, permutation
@@ -78,7 +77,11 @@ def mask_meaning(mask: ir.Value) -> MaskMeaning | None:
     padding: ir.Value | None = None
     for term in condition:
         if isinstance(term, Lookup):
-            if padding is not None or term.axes not in ((-4, -1), (-2, -1)) or (term.axes == (-2, -1) and _rank(mask) != 2):
+            if (
+                padding is not None
+                or term.axes not in ((-4, -1), (-2, -1))
+                or (term.axes == (-2, -1) and _rank(mask) != 2)
+            ):
                 return None
             padding = term.table
             continue
@@ -141,7 +144,7 @@ def _sum(sign: int) -> Callable[[ir.Node, dict[ir.Value, Meaning]], Meaning]:
         left, right = _meaning(node.inputs[0], known), _meaning(node.inputs[1], known)
         if not isinstance(left, Ramp) or not isinstance(right, Ramp):
             return None
-        if left.axis is not None and right.axis is not None or (sign < 0 and right.axis is not None):
+        if (left.axis is not None and right.axis is not None) or (sign < 0 and right.axis is not None):
             return None
         axis = left.axis if left.axis is not None else right.axis
         return Ramp(sizes.add(left.offset, sizes.multiply(right.offset, sign)), axis)
@@ -163,7 +166,10 @@ def _remapped(meaning: Meaning, mapping: dict[int, int]) -> Meaning:
         if any(axis not in mapping for axis in axes):
             return None
         new = tuple(mapping[axis] for axis in axes)
-        terms.add(Lookup(term.table, new) if isinstance(term, Lookup) else Band(*new, term.upper, term.lower))
+        if isinstance(term, Lookup):
+            terms.add(Lookup(term.table, new))
+        else:
+            terms.add(Band(new[0], new[1], term.upper, term.lower))
     return frozenset(terms)
 
 
@@ -196,7 +202,9 @@ def _cast(node: ir.Node, known: dict[ir.Value, Meaning]) -> Meaning:
     source = node.inputs[0].dtype if node.inputs[0] is not None else None
     if target == ir.DataType.BOOL and source != ir.DataType.BOOL:
         return None
-    return _meaning(node.inputs[0], known) if target in (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL) else None
+    return (
+        _meaning(node.inputs[0], known) if target in (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL) else None
+    )
 
 
 def _compare(strict: bool, swapped: bool) -> Callable[[ir.Node, dict[ir.Value, Meaning]], Meaning]:
@@ -249,7 +257,11 @@ def _gather_nd(node: ir.Node, known: dict[ir.Value, Meaning]) -> Meaning:
     if table is None or table.dtype != ir.DataType.BOOL or attribute_int(node, "batch_dims", 0) or parts is None:
         return None
     rank = _rank(node.outputs[0])
-    if parts.op_type != "Concat" or attribute_int(parts, "axis", 0) not in (-1, rank) or len(parts.inputs) != _rank(table):
+    if (
+        parts.op_type != "Concat"
+        or attribute_int(parts, "axis", 0) not in (-1, rank)
+        or len(parts.inputs) != _rank(table)
+    ):
         return None
     axes = []
     for axis, part in enumerate(parts.inputs):

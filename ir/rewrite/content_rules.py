@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import onnx_ir as ir
-
 from effc.ir.rewrite import sizes
 from effc.ir.rewrite.dataflow import attribute_int
 from effc.ir.rewrite.inference import content_of, known_integers
@@ -45,7 +44,9 @@ def _gather(node: ir.Node) -> Content:
     content, indices = content_of(node.inputs[0]), known_integers(node.inputs[1])
     if content is None or indices is None or len(shape_of(node.inputs[0]) or ()) != 1:
         return None
-    return tuple(content[index] for index in indices) if all(-len(content) <= i < len(content) for i in indices) else None
+    return (
+        tuple(content[index] for index in indices) if all(-len(content) <= i < len(content) for i in indices) else None
+    )
 
 
 def _slice(node: ir.Node) -> Content:

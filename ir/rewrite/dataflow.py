@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import onnx_ir as ir
-
 from effc.ir.rewrite.constants import scalar
 
 STANDARD = ("", "ai.onnx")

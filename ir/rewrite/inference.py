@@ -12,7 +12,6 @@ from collections.abc import Sequence
 
 import onnx
 import onnx_ir as ir
-
 from effc.ir.rewrite import sizes
 from effc.ir.rewrite.constants import constant_array, integers
 from effc.ir.rewrite.sizes import Size
@@ -26,7 +25,7 @@ def infer_graph(graph: ir.Graph) -> None:
     """Infer every node of the graph, in order."""
     for value in graph.initializers.values():
         if value.const_value is not None:
-            value.shape = value.shape or ir.Shape(value.const_value.shape)
+            value.shape = value.shape or ir.Shape(value.const_value.shape.numpy())
             value.type = value.type or ir.TensorType(value.const_value.dtype)
     for node in graph:
         infer_node(node)
@@ -96,7 +95,11 @@ def _infer_with_onnx(node: ir.Node) -> None:
             return
         proto.attribute.append(ir.serde.serialize_attribute(attribute))
     types = {name: _type_proto(value) for value, name in names.items()}
-    data = {name: onnx.numpy_helper.from_array(array, name) for value, name in names.items() if (array := constant_array(value)) is not None}
+    data = {
+        name: onnx.numpy_helper.from_array(array, name)
+        for value, name in names.items()
+        if (array := constant_array(value)) is not None
+    }
     schema = onnx.defs.get_schema(node.op_type, max_inclusive_version=24, domain=node.domain)
     try:
         inferred = onnx.shape_inference.infer_node_outputs(
@@ -111,6 +114,7 @@ def _infer_with_onnx(node: ir.Node) -> None:
 
 def _type_proto(value: ir.Value) -> onnx.TypeProto:
     proto = onnx.TypeProto()
+    assert value.type is not None
     ir.serde.serialize_type_into(proto, value.type)
     if value.shape is not None:
         ir.serde.serialize_shape_into(proto, value.shape)

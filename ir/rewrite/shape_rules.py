@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import onnx_ir as ir
-
 from effc.ir.rewrite import sizes
 from effc.ir.rewrite.dataflow import attribute_int, permutation
 from effc.ir.rewrite.inference import content_of, known_integers, set_type
@@ -195,8 +194,14 @@ def slice_bounds(node: ir.Node) -> dict[int, tuple[Size, Size, int]] | None:
     starts, stops = content_of(node.inputs[1]), content_of(node.inputs[2])
     if shape is None or starts is None or stops is None:
         return None
-    axes = axes_of(node, len(shape), 3) if len(node.inputs) > 3 and node.inputs[3] is not None else tuple(range(len(starts)))
-    steps = known_integers(node.inputs[4]) if len(node.inputs) > 4 and node.inputs[4] is not None else (1,) * len(starts)
+    axes = (
+        axes_of(node, len(shape), 3)
+        if len(node.inputs) > 3 and node.inputs[3] is not None
+        else tuple(range(len(starts)))
+    )
+    steps = (
+        known_integers(node.inputs[4]) if len(node.inputs) > 4 and node.inputs[4] is not None else (1,) * len(starts)
+    )
     if axes is None or steps is None:
         return None
     bounds = {}
@@ -240,21 +245,27 @@ def _matmul(node: ir.Node) -> bool:
 
 def _reduce(node: ir.Node) -> bool:
     dtype, shape = _first(node)
-    if shape is None or (len(node.inputs) > 1 and node.inputs[1] is not None and known_integers(node.inputs[1]) is None):
+    if shape is None or (
+        len(node.inputs) > 1 and node.inputs[1] is not None and known_integers(node.inputs[1]) is None
+    ):
         return False
     axes = axes_of(node, len(shape)) or ()
     if not axes and attribute_int(node, "noop_with_empty_axes", 0):
         return set_type(node.outputs[0], dtype, shape)
     axes = axes or tuple(range(len(shape)))
     keep = attribute_int(node, "keepdims", 1)
-    return set_type(node.outputs[0], dtype, [1 if a in axes else s for a, s in enumerate(shape) if keep or a not in axes])
+    return set_type(
+        node.outputs[0], dtype, [1 if a in axes else s for a, s in enumerate(shape) if keep or a not in axes]
+    )
 
 
 def _range(node: ir.Node) -> bool:
     start, stop, step = (content_of(value) for value in node.inputs)
     if start is None or stop is None or step != (1,):
         return False
-    return set_type(node.outputs[0], node.inputs[0].dtype if node.inputs[0] else None, (sizes.subtract(stop[0], start[0]),))
+    return set_type(
+        node.outputs[0], node.inputs[0].dtype if node.inputs[0] else None, (sizes.subtract(stop[0], start[0]),)
+    )
 
 
 def _constant_of_shape(node: ir.Node) -> bool:
@@ -302,14 +313,67 @@ def _attention(node: ir.Node) -> bool:
     return True
 
 
-_LIKE_INPUT = (
-    "Identity Abs Neg Exp Log Sqrt Reciprocal Sin Cos Tan Tanh Sigmoid Erf Relu Gelu Swish Mish Softplus LeakyRelu Elu "
-    "HardSigmoid HardSwish Floor Ceil Round Sign Not Softmax LogSoftmax Clip CumSum Trilu Dropout BitwiseNot "
-    "LayerNormalization RMSNormalization RotaryEmbedding ScatterND ScatterElements"
-).split()
-_ELEMENTWISE = "Add Sub Mul Div Pow Mod Max Min Mean Sum And Or Xor BitwiseAnd BitwiseOr PRelu".split()
-_COMPARISON = "Equal Less LessOrEqual Greater GreaterOrEqual".split()
-_REDUCE = "ReduceMean ReduceSum ReduceMax ReduceMin ReduceProd ReduceSumSquare ReduceL2 ReduceL1".split()
+_LIKE_INPUT = [
+    "Identity",
+    "Abs",
+    "Neg",
+    "Exp",
+    "Log",
+    "Sqrt",
+    "Reciprocal",
+    "Sin",
+    "Cos",
+    "Tan",
+    "Tanh",
+    "Sigmoid",
+    "Erf",
+    "Relu",
+    "Gelu",
+    "Swish",
+    "Mish",
+    "Softplus",
+    "LeakyRelu",
+    "Elu",
+    "HardSigmoid",
+    "HardSwish",
+    "Floor",
+    "Ceil",
+    "Round",
+    "Sign",
+    "Not",
+    "Softmax",
+    "LogSoftmax",
+    "Clip",
+    "CumSum",
+    "Trilu",
+    "Dropout",
+    "BitwiseNot",
+    "LayerNormalization",
+    "RMSNormalization",
+    "RotaryEmbedding",
+    "ScatterND",
+    "ScatterElements",
+]
+_ELEMENTWISE = [
+    "Add",
+    "Sub",
+    "Mul",
+    "Div",
+    "Pow",
+    "Mod",
+    "Max",
+    "Min",
+    "Mean",
+    "Sum",
+    "And",
+    "Or",
+    "Xor",
+    "BitwiseAnd",
+    "BitwiseOr",
+    "PRelu",
+]
+_COMPARISON = ["Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual"]
+_REDUCE = ["ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceProd", "ReduceSumSquare", "ReduceL2", "ReduceL1"]
 
 SHAPE_RULES: dict[str, Rule] = {
     **dict.fromkeys(_LIKE_INPUT, _like_input),

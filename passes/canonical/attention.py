@@ -1,24 +1,25 @@
 """Raise scaled dot-product attention to ONNX `Attention`.
 
-Found from the softmax in both directions: forwards through casts and NaN guards to the product with v; backwards through masks
-(additive, or `Where` with a very negative filling), softcap and scale to the product of q with the transposed k. Scales on
-q and on k are taken into the attribute. What q, k and v went through before (reshapes, transposes, expands) does not matter.
-Vaswani et al., "Attention Is All You Need", 2017, section 3.2.1.
+Found from the softmax in both directions: forwards through casts and NaN guards to the product with v;
+backwards through masks (additive, or `Where` with a very negative filling), softcap and scale to the product of
+q with the transposed k. Scales on q and on k are taken into the attribute. What q, k and v went through before
+(reshapes, transposes, expands) does not matter. Vaswani et al., "Attention Is All You Need", 2017, section
+3.2.1.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import replace as changed
 
 import numpy as np
 import onnx_ir as ir
-
 from effc.ir.rewrite import sizes
 from effc.ir.rewrite.constants import new_integers, new_scalar, scalar
 from effc.ir.rewrite.dataflow import attribute_int, consumers, is_op, operands, producer, scaled
 from effc.ir.rewrite.edit import insert, insert_value, replace
-from effc.ir.rewrite.sizes import shape_of
+from effc.ir.rewrite.sizes import Size, shape_of
 
 OP = "Attention"
 FILLING = -1e4
@@ -48,11 +49,19 @@ class Scores:
 
 @dataclass(frozen=True)
 class AttentionSite:
-    """An attention spelled out: its scores, its values and the value it ends in."""
+    """An attention spelled out.
+
+    Attributes:
+        output: The value it ends in: `weights @ v`.
+        scores: What the softmax is taken of.
+        v: Values, rank 3 or 4.
+        lead: Batch and heads of the scores; products may have them as one axis.
+    """
 
     output: ir.Value
     scores: Scores
     v: ir.Value
+    lead: tuple[Size, Size]
 
 
 def match_attention(node: ir.Node) -> AttentionSite | str | None:
@@ -69,10 +78,17 @@ def match_attention(node: ir.Node) -> AttentionSite | str | None:
     output, v = product
     if len(shape) not in (3, 4):
         return f"attention found, but its scores have {len(shape)} axes; 3 or 4 are handled"
+    lead = shape[:2] if len(shape) == 4 else (shape[0], 1)
     for name, value in (("q", scores.q), ("k", scores.k_transposed), ("v", v)):
-        if len(shape_of(value) or ()) != len(shape):
-            return f"attention found, but {name} and the scores have different ranks"
-    return AttentionSite(output, scores, v)
+        own = shape_of(value) or ()
+        split = len(own) == 4 or (len(own) == 3 and sizes.same(own[0], sizes.product(lead)))
+        if not split or not isinstance(lead[1], int):
+            return f"attention found, but {name} of shape {_text(own)} does not split into the heads of the scores"
+    return AttentionSite(output, scores, v, lead)
+
+
+def _text(shape: Sequence[Size]) -> str:
+    return f"[{', '.join(map(str, shape))}]"
 
 
 def _near_miss(product: tuple[ir.Value, ir.Value] | None, scores: Scores | str) -> str | None:
@@ -94,20 +110,34 @@ def _product_with_values(weights: ir.Value) -> tuple[ir.Value, ir.Value] | None:
         if is_op(user, "MatMul"):
             v = user.inputs[1]
             return (user.outputs[0], v) if user.inputs[0] is weights and v is not None and v is not weights else None
-        if not (is_op(user, "Cast") or _is_nan_guard(user, weights)):
+        if not (is_op(user, "Cast") or _is_nan_guard(user, weights) or regroups_heads(user)):
             return None
         weights = user.outputs[0]
+
+
+def regroups_heads(node: ir.Node | None) -> bool:
+    """Whether a `Reshape` only joins or splits batch and heads: `[batch, heads, a, b]` and `[batch * heads, a, b]`."""
+    if node is None or not is_op(node, "Reshape"):
+        return False
+    before, after = shape_of(node.inputs[0]), shape_of(node.outputs[0])
+    if before is None or after is None or {len(before), len(after)} != {3, 4}:
+        return False
+    return sizes.same_shape(before[-2:], after[-2:])
 
 
 def _is_nan_guard(node: ir.Node, weights: ir.Value) -> bool:
     """`Where(IsNaN(p), 0, p)`: fully masked rows become 0, as the standard operation has it."""
     test = producer(node.inputs[0], "IsNaN") if is_op(node, "Where") else None
-    return test is not None and test.inputs[0] is weights and scalar(node.inputs[1]) == 0.0 and node.inputs[2] is weights
+    return (
+        test is not None and test.inputs[0] is weights and scalar(node.inputs[1]) == 0.0 and node.inputs[2] is weights
+    )
 
 
 def _scores(value: ir.Value) -> Scores | str:
     """Walk back from the input of a softmax to `q @ kᵀ`; a reason when the walk ends elsewhere."""
     node = value.producer()
+    if node is None:
+        return _capped(value)
     if is_op(node, "Add"):
         return _added_mask(node)
     if is_op(node, "Where"):
@@ -115,6 +145,8 @@ def _scores(value: ir.Value) -> Scores | str:
     if is_op(node, "Cast"):
         found = _scores(node.inputs[0]) if node.inputs[0] is not None else "a Cast has no input"
         return found if isinstance(found, str) else changed(found, precision=value.dtype)
+    if regroups_heads(node) and node.inputs[0] is not None:
+        return _scores(node.inputs[0])
     return _capped(value)
 
 
@@ -169,7 +201,8 @@ def _scaled_product(value: ir.Value, scale: float) -> Scores | str:
     node = producer(value, "MatMul")
     if node is None or node.inputs[0] is None or node.inputs[1] is None:
         before = value.producer()
-        return f"the scores come from {before.op_type if before is not None else 'an input'}, not from a MatMul of q and kᵀ"
+        source = before.op_type if before is not None else "an input"
+        return f"the scores come from {source}, not from a MatMul of q and kᵀ"
     return Scores(node.inputs[0], node.inputs[1], scale)
 
 
@@ -180,26 +213,43 @@ def raise_attention(graph: ir.Graph, site: AttentionSite) -> ir.Node:
     scores = site.scores
     q, q_scale = strip_scale(scores.q, before)
     k, k_scale = strip_scale(scores.k_transposed, before)
-    rank = len(shape_of(q) or ())
+    rank = len(shape_of(k) or ())
     k = insert_value(before, "Transpose", [k], {"perm": [*range(rank - 2), rank - 1, rank - 2]})
-    mask = _mask(graph, scores, before)
+    q, k, v = (_split(graph, value, site.lead, before) for value in (q, k, site.v))
+    mask = _mask(graph, scores, site.lead, before)
     if mask is not None:
         mask = full_mask(mask, q, k, before)
-    values = [q, k, site.v]
-    if rank == 3:
-        values = [insert_value(before, "Unsqueeze", [value, new_integers(graph, 1)]) for value in values]
-        mask = insert_value(before, "Unsqueeze", [mask, new_integers(graph, 1)]) if mask is not None else None
     attributes: dict[str, float | int] = {"scale": scores.scale * q_scale * k_scale}
     if scores.softcap:
         attributes["softcap"] = scores.softcap
     if scores.precision is not None and scores.precision != q.dtype:
         attributes["softmax_precision"] = int(scores.precision)
-    node = insert(before, OP, [*values, mask] if mask is not None else values, attributes)
-    result = node.outputs[0]
-    if rank == 3:
-        result = insert_value(before, "Squeeze", [result, new_integers(graph, 1)])
-    replace(site.output, result)
+    node = insert(before, OP, [q, k, v, mask] if mask is not None else [q, k, v], attributes)
+    replace(site.output, _joined_heads(graph, node.outputs[0], site.output, before))
     return node
+
+
+def _split(graph: ir.Graph, value: ir.Value, lead: tuple[Size, Size], before: ir.Node) -> ir.Value:
+    """`[batch * heads, a, b]` as `[batch, heads, a, b]`."""
+    shape = shape_of(value)
+    if shape is None or len(shape) != 3:
+        return value
+    if lead[1] == 1:
+        return insert_value(before, "Unsqueeze", [value, new_integers(graph, 1)])
+    assert isinstance(lead[1], int)
+    rest = insert_value(before, "Shape", [value], {"start": 1, "end": 3})
+    target = insert_value(before, "Concat", [new_integers(graph, -1, lead[1]), rest], {"axis": 0})
+    return insert_value(before, "Reshape", [value, target])
+
+
+def _joined_heads(graph: ir.Graph, result: ir.Value, old: ir.Value, before: ir.Node) -> ir.Value:
+    """The result in the shape of the product it replaces."""
+    if len(shape_of(old) or ()) == 4:
+        return result
+    rest = insert_value(before, "Shape", [result], {"start": 2, "end": 4})
+    return insert_value(
+        before, "Reshape", [result, insert_value(before, "Concat", [new_integers(graph, -1), rest], {"axis": 0})]
+    )
 
 
 _LAYOUT = ("Transpose", "Reshape", "Unsqueeze", "Squeeze", "Expand")
@@ -220,21 +270,34 @@ def strip_scale(value: ir.Value, before: ir.Node) -> tuple[ir.Value, float]:
     return insert_value(before, node.op_type, [inner, *node.inputs[1:]], node.attributes), factor
 
 
-def _mask(graph: ir.Graph, scores: Scores, before: ir.Node) -> ir.Value | None:
+def _mask(graph: ir.Graph, scores: Scores, lead: tuple[Size, Size], before: ir.Node) -> ir.Value | None:
     """One mask for the operation: boolean when all parts are, else additive."""
     if not scores.masks:
         return None
-    booleans = [_kept(mask, kind, before) for mask, kind in scores.masks if kind != "add"]
-    added = [_boolean_of(mask, before) for mask, kind in scores.masks if kind == "add"]
+    masks = [(_split_mask(graph, mask, lead, before), kind) for mask, kind in scores.masks]
+    booleans = [_kept(mask, kind, before) for mask, kind in masks if kind != "add"]
+    added = [_boolean_of(mask, before) for mask, kind in masks if kind == "add"]
     booleans += [mask for mask in added if mask.dtype == ir.DataType.BOOL]
     numbers = [mask for mask in added if mask.dtype != ir.DataType.BOOL]
     keep = _joined("And", booleans, before)
     bias = _joined("Add", numbers, before)
     if keep is not None and bias is not None:
         assert bias.dtype is not None
-        lowest = new_scalar(graph, float(np.finfo(np.float32).min if bias.dtype == ir.DataType.FLOAT else -65504.0), bias.dtype)
+        lowest = new_scalar(
+            graph, float(np.finfo(np.float32).min if bias.dtype == ir.DataType.FLOAT else -65504.0), bias.dtype
+        )
         bias, keep = insert_value(before, "Where", [keep, bias, lowest]), None
     return keep if keep is not None else bias
+
+
+def _split_mask(graph: ir.Graph, mask: ir.Value, lead: tuple[Size, Size], before: ir.Node) -> ir.Value:
+    """A mask of products with one axis for batch and heads, for scores that have two."""
+    shape = shape_of(mask)
+    if shape is None or len(shape) != 3:
+        return mask
+    if shape[0] == 1:
+        return insert_value(before, "Unsqueeze", [mask, new_integers(graph, 1)])
+    return _split(graph, mask, lead, before) if sizes.same(shape[0], sizes.product(lead)) else mask
 
 
 def _kept(mask: ir.Value, kind: str, before: ir.Node) -> ir.Value:
@@ -249,7 +312,7 @@ def _joined(op_type: str, masks: list[ir.Value], before: ir.Node) -> ir.Value | 
 
 
 def _boolean_of(mask: ir.Value, before: ir.Node) -> ir.Value:
-    """The condition of an additive mask `Where(keep, 0, very negative)`, also under layout nodes; else the mask itself."""
+    """The condition of an additive mask `Where(keep, 0, very negative)`, also under layout nodes; else the mask."""
     node = mask.producer()
     if is_op(node, "Where") and node is not None:
         yes, no = scalar(node.inputs[1]), scalar(node.inputs[2])
@@ -264,7 +327,11 @@ def _boolean_of(mask: ir.Value, before: ir.Node) -> ir.Value:
     if node is not None and is_op(node, *_LAYOUT, "Cast", "Slice") and node.inputs[0] is not None:
         inner = _boolean_of(node.inputs[0], before)
         if inner.dtype == ir.DataType.BOOL:
-            return inner if is_op(node, "Cast") else insert_value(before, node.op_type, [inner, *node.inputs[1:]], node.attributes)
+            return (
+                inner
+                if is_op(node, "Cast")
+                else insert_value(before, node.op_type, [inner, *node.inputs[1:]], node.attributes)
+            )
     return mask
 
 
@@ -273,5 +340,7 @@ def full_mask(mask: ir.Value, q: ir.Value, k: ir.Value, before: ir.Node) -> ir.V
     own, queries, keys = shape_of(mask) or (), shape_of(q) or (), shape_of(k) or ()
     if len(own) >= 2 and sizes.same(own[-2], queries[-2]) and sizes.same(own[-1], keys[-2]):
         return mask
-    rows = [insert_value(before, "Shape", [value], {"start": len(queries) - 2, "end": len(queries) - 1}) for value in (q, k)]
+    rows = [
+        insert_value(before, "Shape", [value], {"start": len(queries) - 2, "end": len(queries) - 1}) for value in (q, k)
+    ]
     return insert_value(before, "Expand", [mask, insert_value(before, "Concat", rows, {"axis": 0})])

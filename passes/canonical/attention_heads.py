@@ -1,14 +1,14 @@
 """Widen `Attention`: read grouped keys and values as they are, and take the cache in.
 
-Two edits on an existing `Attention` node: keys and values repeated per query head (`repeat_kv`) are read unrepeated, because the
-operation knows groups; a `Concat` of a cache input and the new keys becomes the inputs `past_key`, `past_value` and the outputs
-`present_key`, `present_value`. Also brings 3-axis inputs into the 4-axis form `[batch, heads, seq, head_size]`.
+Two edits on an existing `Attention` node: keys and values repeated per query head (`repeat_kv`) are read
+unrepeated, because the operation knows groups; a `Concat` of a cache input and the new keys becomes the inputs
+`past_key`, `past_value` and the outputs `present_key`, `present_value`. Also brings 3-axis inputs into the
+4-axis form `[batch, heads, seq, head_size]`.
 """
 
 from __future__ import annotations
 
 import onnx_ir as ir
-
 from effc.ir.rewrite import sizes
 from effc.ir.rewrite.constants import new_integers
 from effc.ir.rewrite.dataflow import attribute_int, consumers, is_op, producer
@@ -53,13 +53,20 @@ def unrepeat_heads(graph: ir.Graph, node: ir.Node) -> bool:
 
 
 def _unrepeated(graph: ir.Graph, value: ir.Value | None, before: ir.Node) -> ir.Value | None:
-    """The x `[batch, kv, seq, size]` of `Reshape(Expand([batch, kv, 1, seq, size]))` -> `[batch, kv * group, seq, size]`."""
+    """The x `[batch, kv, seq, size]` of `Reshape(Expand([batch, kv, 1, seq, size]))`: `[batch, heads, seq, size]`."""
     view, shape = producer(value, "Reshape"), shape_of(value)
     repeat = producer(view.inputs[0], "Expand", "Tile", "Concat") if view is not None else None
     if repeat is None or repeat.inputs[0] is None or shape is None or len(shape) != 4:
         return None
     narrow, wide = shape_of(repeat.inputs[0]), shape_of(repeat.outputs[0])
-    if narrow is None or wide is None or len(narrow) != 5 or len(wide) != 5 or narrow[2] != 1 or not _repeats_axis_2(repeat):
+    if (
+        narrow is None
+        or wide is None
+        or len(narrow) != 5
+        or len(wide) != 5
+        or narrow[2] != 1
+        or not _repeats_axis_2(repeat)
+    ):
         return None
     unchanged = all(sizes.same(narrow[axis], wide[axis]) for axis in (0, 1, 3, 4))
     merged = (wide[0], sizes.multiply(wide[1], wide[2]), wide[3], wide[4])
@@ -81,7 +88,7 @@ def _repeats_axis_2(node: ir.Node) -> bool:
 
 
 def absorb_cache(node: ir.Node) -> str | None:
-    """Take `Concat(past, new)` of keys and values into the operation. Returns why not, or None when done or nothing is there."""
+    """Take `Concat(past, new)` of keys and values in. Returns why not, or None when done or nothing is there."""
     graph = node.graph
     assert graph is not None
     if len(node.inputs) > 4 and node.inputs[4] is not None:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
-
 from effc.ir.analysis.masks import MaskMeaning, mask_meaning
 from effc.ir.rewrite import sizes
 from effc.ir.rewrite.constants import new_constant, new_integers
@@ -75,7 +74,9 @@ def _width(meaning: MaskMeaning) -> Size:
     return sizes.subtract(meaning.upper if meaning.upper is not None else 0, meaning.lower)
 
 
-def _built(graph: ir.Graph, node: ir.Node, meaning: MaskMeaning, extent: _Extent, sources: SizeSources) -> ir.Value | None:
+def _built(
+    graph: ir.Graph, node: ir.Node, meaning: MaskMeaning, extent: _Extent, sources: SizeSources
+) -> ir.Value | None:
     band = _band(graph, node, meaning, extent, sources)
     if meaning.padding is None:
         return band
@@ -86,7 +87,9 @@ def _built(graph: ir.Graph, node: ir.Node, meaning: MaskMeaning, extent: _Extent
     return insert_value(node, "Expand", [padding, rows])
 
 
-def _band(graph: ir.Graph, node: ir.Node, meaning: MaskMeaning, extent: _Extent, sources: SizeSources) -> ir.Value | None:
+def _band(
+    graph: ir.Graph, node: ir.Node, meaning: MaskMeaning, extent: _Extent, sources: SizeSources
+) -> ir.Value | None:
     """`bool[queries, keys]`: key positions against query positions; None without bounds."""
     if meaning.upper is None and meaning.lower is None:
         return None

@@ -5,16 +5,23 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import onnx_ir as ir
-from onnx.reference import ReferenceEvaluator
-
 from effc.ir.rewrite.constants import constant_tensor, new_constant
 from effc.ir.rewrite.dataflow import STANDARD
 from effc.ir.rewrite.edit import replace
 from effc.ir.rewrite.inference import known_integers
+from onnx.reference import ReferenceEvaluator
 
 TINY_BYTES = 1 << 10
 VECTOR_BYTES = 1 << 16
-NEVER = {"RandomUniform", "RandomNormal", "RandomUniformLike", "RandomNormalLike", "Multinomial", "Bernoulli", "Identity"}
+NEVER = {
+    "RandomUniform",
+    "RandomNormal",
+    "RandomUniformLike",
+    "RandomNormalLike",
+    "Multinomial",
+    "Bernoulli",
+    "Identity",
+}
 
 
 def fold_constants(graph: ir.Graph) -> int:
@@ -49,7 +56,12 @@ def _integer_result(node: ir.Node) -> list[np.ndarray] | None:
     """The result of shape arithmetic whose sizes are all plain numbers."""
     output = node.outputs[0]
     numbers = known_integers(output) if len(node.outputs) == 1 else None
-    if numbers is None or output.shape is None or output.dtype is None or not all(isinstance(s, int) for s in output.shape):
+    if (
+        numbers is None
+        or output.shape is None
+        or output.dtype is None
+        or not all(isinstance(s, int) for s in output.shape)
+    ):
         return None
     array = np.array(numbers, dtype=output.dtype.numpy())
     shape = tuple(int(size) for size in output.shape if isinstance(size, int))
@@ -57,7 +69,9 @@ def _integer_result(node: ir.Node) -> list[np.ndarray] | None:
 
 
 def _evaluated(node: ir.Node) -> list[np.ndarray] | None:
-    if any(attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for attribute in node.attributes.values()):
+    if any(
+        attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for attribute in node.attributes.values()
+    ):
         return None
     if node.op_type in ("Cast", "Transpose") and len(node.inputs[0].shape or ()) > 1:  # type: ignore[union-attr]
         return None
@@ -82,7 +96,9 @@ def _result_is_small(node: ir.Node) -> bool:
 
 
 def _run(node: ir.Node) -> list[np.ndarray]:
-    names: dict[ir.Value, str] = {value: f"v{i}" for i, value in enumerate(dict.fromkeys(v for v in node.inputs if v is not None))}
+    names: dict[ir.Value, str] = {
+        value: f"v{i}" for i, value in enumerate(dict.fromkeys(v for v in node.inputs if v is not None))
+    }
     outputs = [f"o{index}" for index in range(len(node.outputs))]
     inputs = [names[value] if value is not None else "" for value in node.inputs]
     proto = onnx.helper.make_node(node.op_type, inputs, outputs, domain=node.domain)

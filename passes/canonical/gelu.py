@@ -1,18 +1,18 @@
 """Raise the spellings of GELU to ONNX `Gelu`, by what they compute.
 
-From every `Erf` or `Tanh` the scalar function around it is cut out: elementwise nodes with constant numbers that depend on one
-value x only. It is evaluated in float64 on a grid and compared with both definitions of GELU
+From every `Erf` or `Tanh` the scalar function around it is cut out: elementwise nodes with constant numbers
+that depend on one value x only. It is evaluated in float64 on a grid and compared with both definitions of GELU
 (Hendrycks and Gimpel, 2016), so no spelling has to be listed.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
-
 from effc.ir.rewrite.constants import scalar
 from effc.ir.rewrite.dataflow import is_op, sole_consumer
 from effc.ir.rewrite.edit import insert_value, replace
@@ -91,7 +91,7 @@ def _same_type(value: ir.Value, x: ir.Value) -> bool:
     return shape is not None and wanted is not None and same_shape(shape, wanted) and x.dtype == value.dtype
 
 
-_OPERATIONS = {
+_OPERATIONS: dict[str, Callable[..., np.ndarray]] = {
     "Add": np.add,
     "Sub": np.subtract,
     "Mul": np.multiply,

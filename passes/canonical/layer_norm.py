@@ -1,7 +1,7 @@
 """Raise layer normalization, `(x - mean(x)) / sqrt(var(x) + eps) * w + b`, to ONNX `LayerNormalization`.
 
-Found from the mean of the squared difference outwards, in the spellings of `rms_norm`, with x centred by `Sub(x, ReduceMean(x))`.
-Ba, Kiros and Hinton, "Layer Normalization", 2016.
+Found from the mean of the squared difference outwards, in the spellings of `rms_norm`, with x centred by
+`Sub(x, ReduceMean(x))`. Ba, Kiros and Hinton, "Layer Normalization", 2016.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
-
 from effc.ir.rewrite.constants import new_constant
 from effc.ir.rewrite.dataflow import attribute_int, is_op, operands, producer, sole_consumer
 from effc.ir.rewrite.edit import insert_value, replace
@@ -54,7 +53,13 @@ def _biased(value: ir.Value, width: int | ir.SymbolicDim) -> tuple[ir.Value, ir.
         return None
     for operand, other in operands(node):
         shape = shape_of(other)
-        if operand is value and shape is not None and len(shape) == 1 and same(shape[0], width) and other.is_initializer():
+        if (
+            operand is value
+            and shape is not None
+            and len(shape) == 1
+            and same(shape[0], width)
+            and other.is_initializer()
+        ):
             return node.outputs[0], other
     return None
 

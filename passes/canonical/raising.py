@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import onnx_ir as ir
-
 from effc.ir.analysis.layer_names import layer_of
 from effc.ir.rewrite.edit import remove_dead
 from effc.ir.rewrite.inference import infer_graph

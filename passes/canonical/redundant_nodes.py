@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import onnx_ir as ir
-
 from effc.ir.rewrite import sizes
 from effc.ir.rewrite.constants import new_integers, scalar
 from effc.ir.rewrite.dataflow import attribute_int, consumers, is_op, operands, permutation, producer, sole_consumer
@@ -14,7 +13,6 @@ from effc.ir.rewrite.inference import infer_node, known_integers
 from effc.ir.rewrite.shape_rules import axes_of, slice_bounds
 from effc.ir.rewrite.sizes import shape_of
 from effc.passes.canonical.shape_arithmetic import reshape_target
-
 
 
 def remove_redundant(graph: ir.Graph) -> int:
@@ -64,7 +62,11 @@ def _dropout(node: ir.Node) -> bool:
 def _unchanged(node: ir.Node) -> bool:
     """A node whose output has the type and shape of its input, for operations that then do nothing."""
     value = node.inputs[0]
-    if value is None or not _same_type(node, value) or (node.outputs[0].is_graph_output() and not _may_be_output(value)):
+    if (
+        value is None
+        or not _same_type(node, value)
+        or (node.outputs[0].is_graph_output() and not _may_be_output(value))
+    ):
         return False
     return _bypass(node, value)
 
@@ -123,7 +125,7 @@ def _moves_only_ones(node: ir.Node, value: ir.Value, order: tuple[int, ...]) -> 
 
 
 def _reshape_of_view(node: ir.Node) -> bool:
-    """`Reshape(Reshape(x))`, `Reshape(Unsqueeze(x))`, `Reshape(Squeeze(x))` -> `Reshape(x)` when its target is constant."""
+    """`Reshape` of `Reshape`, `Unsqueeze` or `Squeeze` of x -> `Reshape(x)` when its target is constant."""
     inner = producer(node.inputs[0], "Reshape", "Unsqueeze", "Squeeze")
     source = inner.inputs[0] if inner is not None else None
     shape, wanted = shape_of(source), shape_of(node.outputs[0])
@@ -157,14 +159,21 @@ def _unsqueeze_of_unsqueeze(node: ir.Node) -> bool:
 
 def _squeeze_of_unsqueeze(node: ir.Node) -> bool:
     inner = producer(node.inputs[0], "Unsqueeze")
-    return inner is not None and inner.inputs[0] is not None and _same_type(node, inner.inputs[0]) and _bypass(node, inner.inputs[0])
+    return (
+        inner is not None
+        and inner.inputs[0] is not None
+        and _same_type(node, inner.inputs[0])
+        and _bypass(node, inner.inputs[0])
+    )
 
 
 def _slice(node: ir.Node) -> bool:
     bounds, shape = slice_bounds(node), shape_of(node.inputs[0])
     if bounds is None or shape is None:
         return False
-    whole = all(start == 0 and step == 1 and sizes.same(stop, shape[axis]) for axis, (start, stop, step) in bounds.items())
+    whole = all(
+        start == 0 and step == 1 and sizes.same(stop, shape[axis]) for axis, (start, stop, step) in bounds.items()
+    )
     return whole and _bypass(node, node.inputs[0])
 
 
@@ -214,7 +223,12 @@ def _split_sequence(node: ir.Node) -> bool:
     """`SplitToSequence` whose parts are all taken by constant index -> `Split`."""
     taken = consumers(node.outputs[0])
     shape = shape_of(node.inputs[0])
-    if shape is None or not taken or not all(is_op(one, "SequenceAt") for one in taken) or not attribute_int(node, "keepdims", 1):
+    if (
+        shape is None
+        or not taken
+        or not all(is_op(one, "SequenceAt") for one in taken)
+        or not attribute_int(node, "keepdims", 1)
+    ):
         return False
     axis = attribute_int(node, "axis", 0) % len(shape)
     lengths, size = known_integers(node.inputs[1]) if len(node.inputs) > 1 else (1,), shape[axis]
@@ -261,7 +275,15 @@ def _sink_row_reshape(node: ir.Node) -> bool:
     if view is None or sole_consumer(view.outputs[0]) is not node or view.inputs[0] is None:
         return False
     shape, rows, result = shape_of(view.inputs[0]), shape_of(view.outputs[0]), shape_of(node.outputs[0])
-    if not shape or not rows or not result or len(shape) < 2 or len(rows) < 2 or len(result) != len(rows) or not sizes.same(shape[-1], rows[-1]):
+    if (
+        not shape
+        or not rows
+        or not result
+        or len(shape) < 2
+        or len(rows) < 2
+        or len(result) != len(rows)
+        or not sizes.same(shape[-1], rows[-1])
+    ):
         return False
     if not _works_on_rows(node):
         return False
@@ -296,8 +318,6 @@ def _constant_first(node: ir.Node) -> bool:
     return True
 
 
-
-
 RULES: dict[str, tuple[Callable[[ir.Node], bool], ...]] = {
     "Identity": (_identity,),
     "Dropout": (_dropout,),
@@ -323,5 +343,8 @@ RULES: dict[str, tuple[Callable[[ir.Node], bool], ...]] = {
     "Div": (_neutral(1.0, commutative=False), _expand_before_broadcast),
     "And": (_neutral(1.0), _constant_first, _expand_before_broadcast),
     "Or": (_neutral(0.0), _constant_first, _expand_before_broadcast),
-    **{name: (_expand_before_broadcast,) for name in ("Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual", "Where")},
+    **{
+        name: (_expand_before_broadcast,)
+        for name in ("Equal", "Less", "LessOrEqual", "Greater", "GreaterOrEqual", "Where")
+    },
 }

@@ -1,8 +1,8 @@
 """Raise root-mean-square normalization, `x / sqrt(mean(x²) + eps) * w`, to ONNX `RMSNormalization`.
 
-Found from the mean outwards: `ReduceMean` over the last axis of a square, a small constant added, a root in any spelling
-(`Sqrt` then `Reciprocal` or `Div`, `Pow(-0.5)`), a product with the same x, then a weight of the last axis if there is one.
-Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019.
+Found from the mean outwards: `ReduceMean` over the last axis of a square, a small constant added, a root in any
+spelling (`Sqrt` then `Reciprocal` or `Div`, `Pow(-0.5)`), a product with the same x, then a weight of the last
+axis if there is one. Zhang and Sennrich, "Root Mean Square Layer Normalization", 2019.
 """
 
 from __future__ import annotations
@@ -11,9 +11,17 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
-
 from effc.ir.rewrite.constants import new_constant, scalar
-from effc.ir.rewrite.dataflow import attribute_int, consumers, is_op, operands, producer, shifted, skip_casts, sole_consumer
+from effc.ir.rewrite.dataflow import (
+    attribute_int,
+    consumers,
+    is_op,
+    operands,
+    producer,
+    shifted,
+    skip_casts,
+    sole_consumer,
+)
 from effc.ir.rewrite.edit import insert_value, replace
 from effc.ir.rewrite.shape_rules import axes_of
 from effc.ir.rewrite.sizes import same, shape_of
@@ -106,7 +114,13 @@ def _stored(normalized: ir.Value, x: ir.Value) -> tuple[ir.Value, ir.Value]:
     """Output and input with the casts of a computation in higher precision included, when both sides have them."""
     narrow = skip_casts(x)
     cast = sole_consumer(normalized)
-    if narrow is not None and narrow is not x and is_op(cast, "Cast") and cast is not None and cast.outputs[0].dtype == narrow.dtype:
+    if (
+        narrow is not None
+        and narrow is not x
+        and is_op(cast, "Cast")
+        and cast is not None
+        and cast.outputs[0].dtype == narrow.dtype
+    ):
         return cast.outputs[0], narrow
     return normalized, x
 
@@ -119,7 +133,13 @@ def _weighted(value: ir.Value, x: ir.Value) -> tuple[ir.Value, ir.Value] | None:
         return None
     for operand, other in operands(node):
         weight_shape = shape_of(other)
-        if operand is value and weight_shape is not None and len(weight_shape) == 1 and same(weight_shape[0], shape[-1]) and other.dtype == value.dtype:
+        if (
+            operand is value
+            and weight_shape is not None
+            and len(weight_shape) == 1
+            and same(weight_shape[0], shape[-1])
+            and other.dtype == value.dtype
+        ):
             return node.outputs[0], other
     return None
 

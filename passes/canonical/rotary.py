@@ -3,8 +3,8 @@
 Both spellings of the rotation are found from the sum outwards: `x * cos + rotated(x) * sin` where `rotated(x)` is
 `Concat(-second half, first half)` (halves) or the stack of `-odd, even` elements (interleaved). A rotation of the
 first elements only, joined with the rest by `Concat`, becomes the attribute `rotary_embedding_dim`.
-The caches become `[batch, seq, head_size / 2]`: the half whose repetition (`Concat(f, f)` under elementwise nodes) is proven.
-Su et al., "RoFormer", 2021.
+The caches become `[batch, seq, head_size / 2]`: the half whose repetition (`Concat(f, f)` under elementwise
+nodes) is proven. Su et al., "RoFormer", 2021.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from dataclasses import replace as changed
 
 import onnx_ir as ir
-
 from effc.ir.rewrite.constants import new_integers, scalar
 from effc.ir.rewrite.dataflow import attribute_int, is_op, operands, producer, sole_consumer
 from effc.ir.rewrite.edit import insert, insert_value, replace
@@ -31,7 +30,8 @@ class RotarySite:
     Attributes:
         output: The value the raised node will compute.
         x: `[batch, heads, seq, head_size]`, or `[batch, seq, heads, head_size]` when `heads_last` says so.
-        cos: Full-width cosines, one row per token shared by all heads, of repeated halves (or pairs when interleaved).
+        cos: Full-width cosines, one row per token shared by all heads, of repeated halves (or pairs when
+            interleaved).
         sin: Same for the sines.
         width: How many leading elements of a head are rotated.
         interleaved: Whether neighbours form the pairs instead of halves.
@@ -85,7 +85,12 @@ def _halves(value: ir.Value) -> ir.Value | None:
     """The x of `Concat(-x[half:], x[:half])` on the last axis."""
     node = producer(value, "Concat")
     shape = shape_of(value)
-    if node is None or shape is None or len(node.inputs) != 2 or attribute_int(node, "axis", 0) % len(shape) != len(shape) - 1:
+    if (
+        node is None
+        or shape is None
+        or len(node.inputs) != 2
+        or attribute_int(node, "axis", 0) % len(shape) != len(shape) - 1
+    ):
         return None
     negated = producer(node.inputs[0], "Neg")
     second = _part(negated.inputs[0]) if negated is not None else None
@@ -152,7 +157,11 @@ def _unfit(table: ir.Value, x_shape: tuple[Size, ...], interleaved: bool, heads_
         return f"rotation found, but its table of shape {shape} is not one row per token, shared by all heads"
     if not (padded[0] == 1 or same(padded[0], x_shape[0])):
         return f"rotation found, but its table of shape {shape} has another batch size"
-    return None if _repetition(table, interleaved) is not None else "rotation found, but its table is not proven to repeat its half"
+    return (
+        None
+        if _repetition(table, interleaved) is not None
+        else "rotation found, but its table is not proven to repeat its half"
+    )
 
 
 _UNARY = ("Cos", "Sin", "Cast", "Neg")
@@ -168,28 +177,25 @@ def _repetition(table: ir.Value, interleaved: bool) -> Builder | None:
     if node is None or not node.inputs or node.inputs[0] is None:
         return None
     if is_op(node, *_UNARY):
-        inner = _repetition(node.inputs[0], interleaved)
-        return None if inner is None else lambda before: insert_value(before, node.op_type, [inner(before)], _attributes(node))
+        return _repeated(node, _repetition(node.inputs[0], interleaved))
     if is_op(node, "Mul"):
         for operand, other in operands(node):
             inner = _repetition(operand, interleaved) if scalar(other) is not None else None
             if inner is not None:
-                return lambda before: insert_value(before, "Mul", [inner(before), other])
+                return _repeated(node, inner, other)
         return None
-    return _unsqueezed(node, interleaved)
-
-
-def _unsqueezed(node: ir.Node, interleaved: bool) -> Builder | None:
-    """An `Unsqueeze` in front of the last axis, kept over the half."""
     rank = len(shape_of(node.outputs[0]) or ())
     if not is_op(node, "Unsqueeze") or (axes_of(node, rank) or (rank - 1,))[-1] == rank - 1:
         return None
-    inner = _repetition(node.inputs[0], interleaved) if node.inputs[0] is not None else None
-    return None if inner is None else lambda before: insert_value(before, "Unsqueeze", [inner(before), node.inputs[1]])
+    return _repeated(node, _repetition(node.inputs[0], interleaved), node.inputs[1])
 
 
-def _attributes(node: ir.Node) -> dict[str, ir.Attr]:
-    return dict(node.attributes)
+def _repeated(node: ir.Node, inner: Builder | None, *rest: ir.Value | None) -> Builder | None:
+    """The node once more, over what `inner` builds."""
+    if inner is None:
+        return None
+    build = inner
+    return lambda before: insert_value(before, node.op_type, [build(before), *rest], node.attributes)
 
 
 def _is_repeat(value: ir.Value, interleaved: bool) -> Builder | None:
@@ -229,7 +235,13 @@ def _widened(site: RotarySite) -> RotarySite:
     """Take in the elements that pass unrotated: `Concat(rotation of x[:w], x[w:])` is one partial rotation of x."""
     joined = sole_consumer(site.output)
     part = _part(site.x)
-    if joined is None or part is None or not is_op(joined, "Concat") or len(joined.inputs) != 2 or joined.inputs[0] is not site.output:
+    if (
+        joined is None
+        or part is None
+        or not is_op(joined, "Concat")
+        or len(joined.inputs) != 2
+        or joined.inputs[0] is not site.output
+    ):
         return site
     rest = _part(joined.inputs[1])
     whole, shape = part[0], shape_of(part[0])
@@ -273,7 +285,11 @@ def _half_table(graph: ir.Graph, table: ir.Value, site: RotarySite, before: ir.N
     rows = shape_of(half)
     assert rows is not None
     if not same(rows[0], x_shape[0]):
-        target = insert_value(before, "Concat", [insert_value(before, "Shape", [site.x], {"start": 0, "end": 1}), new_integers(graph, 1, 1)], {"axis": 0})
+        target = insert_value(
+            before,
+            "Concat",
+            [insert_value(before, "Shape", [site.x], {"start": 0, "end": 1}), new_integers(graph, 1, 1)],
+            {"axis": 0},
+        )
         half = insert_value(before, "Expand", [half, target])
     return half
-

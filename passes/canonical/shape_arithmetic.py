@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
-
 from effc.ir.rewrite import sizes
 from effc.ir.rewrite.constants import new_constant, new_integers
 from effc.ir.rewrite.dataflow import attribute_int, consumers, is_op
@@ -109,7 +108,9 @@ def _from_source(sources: SizeSources, node: ir.Node) -> bool:
     content, shape = content_of(output), shape_of(output)
     if content is None or shape is None or len(shape) > 1 or output.dtype != ir.DataType.INT64:
         return False
-    if not any(sources.knows(size) for size in content) or not all(isinstance(s, int) or sources.knows(s) for s in content):
+    if not any(sources.knows(size) for size in content) or not all(
+        isinstance(s, int) or sources.knows(s) for s in content
+    ):
         return False
     if output in sources.vectors.values() or output in sources.scalars.values():
         return False
@@ -131,7 +132,12 @@ def _rebuilt(sources: SizeSources, node: ir.Node, content: tuple[Size, ...], ran
         return sources.scalar(content[0])
     if len(content) == 1:
         return sources.vector(content[0])
-    if is_op(node, "Shape") and not attribute_int(node, "start", 0) and "end" not in node.attributes and _is_input(node):
+    if (
+        is_op(node, "Shape")
+        and not attribute_int(node, "start", 0)
+        and "end" not in node.attributes
+        and _is_input(node)
+    ):
         return node.outputs[0]
     parts: list[ir.Value] = []
     numbers: list[int] = []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import onnx_ir as ir
-
 from effc.ir.rewrite.edit import remove_dead
 from effc.ir.rewrite.inference import infer_graph
 from effc.passes.canonical.constant_folding import fold_constants

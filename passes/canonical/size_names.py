@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import onnx_ir as ir
-
 from effc.ir.program import Program, Task
 from effc.ir.rewrite import sizes
 
@@ -12,7 +11,9 @@ TOTAL, SUM = "total", "past + seq"
 
 def split_sizes(program: Program) -> None:
     """Write `total` as `past + seq` in all shapes of a causal language model with a cache."""
-    inputs = {size.value for value in program.graph.inputs for size in value.shape or () if isinstance(size, ir.SymbolicDim)}
+    inputs = {
+        size.value for value in program.graph.inputs for size in value.shape or () if isinstance(size, ir.SymbolicDim)
+    }
     if program.task is Task.CAUSAL_LM and {TOTAL, "past", "seq"} <= inputs:
         _rename(program.graph, TOTAL, ir.SymbolicDim(SUM))
 
