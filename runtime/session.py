@@ -27,6 +27,8 @@ PROVIDERS = {
 """Target name -> the execution providers its engines run on."""
 FATAL = 4
 """onnxruntime's log severity that prints nothing we do not raise ourselves."""
+FOLDING_LIMIT = 1 << 20
+"""Bytes of a folded constant that may be computed at load where weights are to stay mapped."""
 
 
 def load(
@@ -44,8 +46,8 @@ def load(
         threads: Threads of one run; None for the physical cores this process may use.
         check: Compare every file with its SHA-256 in the manifest. Off, only the manifest is checked.
         providers: onnxruntime execution providers; None for those of the engine's target.
-        prepack: Whether onnxruntime may copy constant matrices into its packed layout, which costs load time and
-            turns mapped weights into private memory, and makes products with 2 to 100 rows faster. None: as the
+        prepack: Whether onnxruntime may transpose and copy constant matrices into its packed layout, which costs load
+            time and turns mapped weights into private memory, and makes products of many rows faster. None: as the
             manifest's `config.prepack` says, else no for causal language models, yes for the rest.
 
     Raises:
@@ -95,8 +97,10 @@ def _session_options(threads: int, prepack: bool) -> ort.SessionOptions:
     options.inter_op_num_threads = 1
     options.log_severity_level = FATAL
     if not prepack:
-        # External weights are then used where they are mapped; nothing is copied at load.
+        # Both would copy external weights, which are then used where they are mapped. The product of a constant's
+        # transpose becomes one with a transposed operand, which is no slower.
         options.add_session_config_entry("session.disable_prepacking", "1")
+        options.add_session_config_entry("optimization.constant_folding_max_output_size_in_bytes", str(FOLDING_LIMIT))
     return options
 
 

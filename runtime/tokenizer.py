@@ -25,14 +25,14 @@ class Tokenizer:
     """
 
     def __init__(self, assets: Assets) -> None:
-        text = assets.text(FILE)
-        if text is None:
+        data = assets.read(FILE)
+        if data is None:
             raise EngineError(
                 f"{assets.path(FILE)}: is missing, so this engine takes and gives token ids only. "
                 "Build it from a folder that has a tokenizer.json."
             )
         try:
-            self._tokenizer = tokenizers.Tokenizer.from_str(text)
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(data)
         except Exception as error:  # the library raises bare Exception
             raise EngineError(f"{assets.path(FILE)}: is damaged ({error}). Build the engine again.") from error
         self._tokenizer.no_padding()

@@ -210,12 +210,16 @@ def test_views_that_are_not_contiguous_are_fed_right(make_engine: MakeEngine) ->
 WEIGHT_ROWS, WEIGHT_SIDE = 16, 1024
 
 
-@pytest.fixture
-def heavy_engine(make_engine: MakeEngine) -> Path:
-    """64 MB of external fp32 matrices, laid out as a product wants them."""
+@pytest.fixture(params=["as products want them", "transposed"])
+def heavy_engine(request: pytest.FixtureRequest, make_engine: MakeEngine) -> Path:
+    """64 MB of external fp32 matrices."""
     nodes, value = [], "x"
     for index in range(WEIGHT_ROWS):
-        nodes.append(helper.make_node("MatMul", [value, f"w{index}"], [f"x{index}"]))
+        matrix = f"w{index}"
+        if request.param == "transposed":
+            nodes.append(helper.make_node("Transpose", [matrix], [f"t{index}"], perm=[1, 0]))
+            matrix = f"t{index}"
+        nodes.append(helper.make_node("MatMul", [value, matrix], [f"x{index}"]))
         value = f"x{index}"
     ports = [Port("x", "float32", ["n", WEIGHT_SIDE])], [Port(value, "float32", ["n", WEIGHT_SIDE])]
     folder = make_engine(nodes, *ports, {}, task="causal-lm")
