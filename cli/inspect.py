@@ -46,13 +46,30 @@ def command(path: str, task: str | None, dtype: str | None, twin: bool, as_json:
 def _print_model(facts: Mapping[str, Any]) -> None:
     click.echo(f"task     {facts['task']}")
     click.echo("sites    " + ", ".join(f"{len(facts['sites'][kind])} {kind}" for kind in KINDS))
+    for phase, cost in facts["cost"].items():
+        sizes = ", ".join(f"{name} {size}" for name, size in cost["sizes"].items())
+        click.echo(f"{phase:<8} {cost['flops'] / 1e9:,.2f} GFLOP, {megabytes(cost['bytes'])} moved ({sizes})")
+    for item in facts["left"]:
+        click.echo(f"left     {item['site']}: {item['reason']}")
     for note in facts["source"]["notes"]:
         click.echo(f"note     {note}")
+    click.echo("")
+    print_table(
+        ("attention", ">heads", ">KV heads", ">head size", "sees", "cache"),
+        map(_attention_row, facts["sites"]["attention"]),
+    )
     click.echo("")
     rows = [_weight_row(weight) for weight in facts["weights"]["tensors"]]
     print_table(("weight", "shape", "dtype", ">size", ">bits of information", ">on disk", ">in memory"), rows)
     click.echo("")
     click.echo(_saving(facts["weights"]))
+
+
+def _attention_row(site: Mapping[str, Any]) -> tuple[str, ...]:
+    sees = "unknown (mask not understood)" if not site["mask_understood"] else "before it" if site["causal"] else "all"
+    window = f", {site['window']} tokens" if site["window"] is not None else ""
+    counts = (str(site[key]) for key in ("heads", "kv_heads", "head_size"))
+    return site["name"], *counts, sees + window, "yes" if site["cache"] else "no"
 
 
 def _weight_row(weight: Mapping[str, Any]) -> tuple[str, ...]:

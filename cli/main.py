@@ -24,6 +24,7 @@ COMMANDS = {
     "embed": "effc.cli.embed",
     "passes": "effc.cli.passes",
     "doctor": "effc.cli.doctor",
+    "import-df11": "effc.cli.import_df11",
 }
 """Command name -> module; each module names its click command `command`."""
 
