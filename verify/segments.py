@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -121,6 +122,7 @@ class _Planner:
         self.graph = graph
         self.limit = limit
         self.position = {node: index for index, node in enumerate(graph)}
+        self.sizes: dict[ir.Value, int] = {}
         self.constants = self._find_constants()
 
     def _find_constants(self) -> dict[ir.Value, ir.Node]:
@@ -147,9 +149,11 @@ class _Planner:
         constant_nodes = set(self.constants.values())
         for node in [*(n for n in self.graph if n not in constant_nodes), *self._constant_outputs()]:
             nodes, weights = self._closure(node)
-            if groups[-1].nodes and groups[-1].cost + self._added(groups[-1], nodes, weights) > self.limit:
+            added = self._added(groups[-1], nodes, weights)
+            if groups[-1].nodes and added and groups[-1].cost + added > self.limit:
                 groups.append(_Group({}, {}))
-            groups[-1].cost += self._added(groups[-1], nodes, weights)
+                added = self._added(groups[-1], nodes, weights)
+            groups[-1].cost += added
             groups[-1].nodes.update(nodes)
             groups[-1].weights.update(weights)
         return [group for group in groups if group.nodes]
@@ -174,21 +178,28 @@ class _Planner:
         return dict.fromkeys(sorted(nodes, key=self.position.__getitem__)), weights
 
     def _added(self, group: _Group, nodes: Iterable[ir.Node], weights: Iterable[ir.Value]) -> int:
-        stored = sum(_bytes(value) for value in weights if value not in group.weights)
+        stored = [value for value in weights if value not in group.weights]
         derived = [value for node in nodes if node not in group.nodes for value in node.outputs]
-        return stored + sum(_bytes(value) for value in derived if value in self.constants)
+        return sum(self._bytes(value) for value in [*stored, *derived] if value in self.constants or value in weights)
 
+    def _bytes(self, value: ir.Value) -> int:
+        """Bytes of a constant, estimated where its type is not known before it is computed."""
+        if value.const_value is not None:
+            return value.const_value.nbytes
+        bits = value.dtype.bitwidth if value.dtype is not None else 32
+        return (self._elements(value) * bits + 7) // 8
 
-def _bytes(value: ir.Value) -> int:
-    """Bytes of a constant; 0 where its size is not known before it is computed."""
-    if value.const_value is not None:
-        return value.const_value.nbytes
-    if value.dtype is None or value.shape is None or not value.shape.is_static():
-        return 0
-    count = 1
-    for dim in value.shape.numpy():
-        count *= dim
-    return (count * value.dtype.bitwidth + 7) // 8
+    def _elements(self, value: ir.Value) -> int:
+        """Elements of a constant; those of its producer's largest input where the shape is not known."""
+        if value.const_value is not None:
+            return value.const_value.size
+        if value.shape is not None and value.shape.is_static():
+            return math.prod(value.shape.numpy())
+        if value not in self.sizes:
+            producer = self.constants.get(value)
+            used = used_values(producer) if producer is not None else ()
+            self.sizes[value] = max((self._elements(item) for item in used), default=0)
+        return self.sizes[value]
 
 
 def _segments(

@@ -15,7 +15,7 @@ import onnxruntime
 from effc.errors import InputError, MissingDependencyError
 from effc.ir.dialect import is_dialect_node
 from effc.ir.dialect.inline import inline_dialect
-from effc.verify.segments import Segment, plan, prepare
+from effc.verify.segments import Segment, plan, prepare, used_values
 
 DEFAULT_LIMIT = 256 << 20
 INLINE_BYTES = 1 << 12
@@ -90,11 +90,15 @@ def _run_segment(
     library: Path | None,
     observe: Observer | None,
 ) -> None:
-    if not live:
+    if not live or not segment.outputs:
         return
-    session = _open(model, segment, live[0], library)
+    weights = {str(weight.name): _tensor(weight) for weight in segment.weights}
+    fixed = _fixed_weights(segment)
+    session = _open(model, segment, live[0], weights, fixed, library)
+    fed = {name: _ort_value(tensor.numpy()) for name, tensor in weights.items() if name not in fixed}
+    del weights
     for index, values in enumerate(live):
-        inputs = {name: values[name] for name in segment.inputs}
+        inputs = {**{name: values[name] for name in segment.inputs}, **fed}
         try:
             results = session.run_with_ort_values(list(segment.outputs), inputs)
         except Exception as error:
@@ -108,7 +112,39 @@ def _run_segment(
             values.pop(name, None)
 
 
-def _open(model: ir.Model, segment: Segment, values: Mapping[str, Any], library: Path | None) -> Any:
+def _tensor(weight: ir.Value) -> ir.TensorProtocol:
+    if weight.const_value is None:
+        raise InputError(f"weight {weight.name!r} has no content. Export the model again with its weights.")
+    return weight.const_value
+
+
+def _fixed_weights(segment: Segment) -> set[str]:
+    """Weights that must be constants of the graph; the others are fed, which saves the copies onnxruntime makes.
+
+    Kernels outside the standard domain may insist on constants, shape inference wants the small ones, and a few types
+    cannot be fed.
+    """
+    custom = {value for node in segment.nodes if node.domain not in ("", "ai.onnx") for value in used_values(node)}
+    fixed = set()
+    for weight in segment.weights:
+        tensor = _tensor(weight)
+        if weight in custom or _is_inline(tensor):
+            fixed.add(str(weight.name))
+    return fixed
+
+
+def _is_inline(tensor: ir.TensorProtocol) -> bool:
+    return tensor.nbytes <= INLINE_BYTES or tensor.dtype.bitwidth < 8 or tensor.dtype == ir.DataType.STRING
+
+
+def _open(
+    model: ir.Model,
+    segment: Segment,
+    values: Mapping[str, Any],
+    weights: Mapping[str, ir.TensorProtocol],
+    fixed: set[str],
+    library: Path | None,
+) -> Any:
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.enable_cpu_mem_arena = False
@@ -117,7 +153,8 @@ def _open(model: ir.Model, segment: Segment, values: Mapping[str, Any], library:
     options.add_session_config_entry("session.disable_prepacking", "1")
     if library is not None:
         options.register_custom_ops_library(str(library))
-    proto, external = _segment_proto(model, segment, values)
+    proto = _segment_proto(model, segment, values)
+    external = _add_weights(proto.graph, weights, fixed)
     options.add_external_initializers(list(external), list(external.values()))
     try:
         return onnxruntime.InferenceSession(
@@ -127,10 +164,8 @@ def _open(model: ir.Model, segment: Segment, values: Mapping[str, Any], library:
         raise InputError(_run_message(segment, {name: values[name] for name in segment.inputs}, error)) from error
 
 
-def _segment_proto(
-    model: ir.Model, segment: Segment, values: Mapping[str, Any]
-) -> tuple[onnx.ModelProto, dict[str, Any]]:
-    """The segment as a model, and the weights that are handed over beside it."""
+def _segment_proto(model: ir.Model, segment: Segment, values: Mapping[str, Any]) -> onnx.ModelProto:
+    """The segment as a model without its weights."""
     proto = onnx.ModelProto(ir_version=model.ir_version)
     for domain, version in model.opset_imports.items():
         proto.opset_import.add(domain=domain, version=version)
@@ -140,23 +175,33 @@ def _segment_proto(
     graph.node.extend(ir.serde.serialize_node(node) for node in segment.nodes)
     graph.input.extend(_input_info(name, values[name]) for name in segment.inputs)
     graph.output.extend(onnx.ValueInfoProto(name=name) for name in segment.outputs)
+    return proto
+
+
+def _add_weights(
+    graph: onnx.GraphProto, weights: Mapping[str, ir.TensorProtocol], fixed: set[str]
+) -> dict[str, Any]:
+    """Declare the weights: fed ones as inputs, small ones with their content, others as external.
+
+    Returns:
+        The content of the external ones.
+    """
     external: dict[str, Any] = {}
-    for weight in segment.weights:
-        tensor = weight.const_value
-        if tensor is None:
-            raise InputError(f"weight {weight.name!r} has no content. Export the model again with its weights.")
-        name = str(weight.name)
-        if tensor.nbytes <= INLINE_BYTES or tensor.dtype.bitwidth < 8 or tensor.dtype == ir.DataType.STRING:
+    for name, tensor in weights.items():
+        dims = tensor.shape.numpy()
+        if name not in fixed:
+            graph.input.append(onnx.helper.make_tensor_value_info(name, int(tensor.dtype), dims))
+        elif _is_inline(tensor):
             inline = ir.serde.serialize_tensor(tensor)
             inline.name = name
             graph.initializer.append(inline)
-            continue
-        external[name] = _ort_value(np.ascontiguousarray(tensor.numpy()))
-        entry = graph.initializer.add(
-            name=name, data_type=int(tensor.dtype), dims=tensor.shape.numpy(), data_location=onnx.TensorProto.EXTERNAL
-        )
-        entry.external_data.add(key="location", value="memory")
-    return proto, external
+        else:
+            external[name] = _ort_value(tensor.numpy())
+            entry = graph.initializer.add(
+                name=name, data_type=int(tensor.dtype), dims=dims, data_location=onnx.TensorProto.EXTERNAL
+            )
+            entry.external_data.add(key="location", value="memory")
+    return external
 
 
 def _input_info(name: str, value: Any) -> onnx.ValueInfoProto:
