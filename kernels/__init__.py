@@ -12,7 +12,7 @@ from pathlib import Path
 
 from effc.errors import MissingDependencyError
 
-__all__ = ["available_isas", "isa", "library_path", "load", "select_isa"]
+__all__ = ["available_isas", "isa", "library_path", "load", "read_bandwidth", "select_isa"]
 
 _ABI_VERSION = 1
 
@@ -50,6 +50,7 @@ def load() -> ctypes.CDLL:
         raise MissingDependencyError(
             f"{path} has interface version {version}, this effc needs {_ABI_VERSION} — build the kernels again"
         )
+    library.effc_read_bandwidth.restype = ctypes.c_double
     for name in ("effc_isa_list", "effc_isa", "effc_last_error"):
         getattr(library, name).restype = ctypes.c_char_p
     return library
@@ -81,3 +82,11 @@ def select_isa(name: str) -> None:
     library = load()
     if library.effc_select_isa(name.encode()) != 0:
         raise ValueError(library.effc_last_error().decode())
+
+
+def read_bandwidth(nbytes: int = 1 << 29, threads: int = 2, rounds: int = 5) -> float:
+    """Bytes per second that `threads` threads read from a buffer of `nbytes`, the best of `rounds`."""
+    result = float(load().effc_read_bandwidth(ctypes.c_int64(nbytes), ctypes.c_int32(threads), ctypes.c_int32(rounds)))
+    if result < 0:
+        raise MemoryError(f"no buffer of {nbytes} bytes for the bandwidth measurement")
+    return result

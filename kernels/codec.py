@@ -339,7 +339,11 @@ def decode(coded: CodedWeight, threads: int | None = None) -> Array:
     tensors = _contiguous(coded.tensors)
     out = np.empty(coded.shape, _DTYPES[coded.dtype])
     status = load().effc_decode(
-        *_spec(coded), _as_structs(tensors), ctypes.c_size_t(len(tensors)), _pointer(out), ctypes.c_int32(_threads(threads))
+        *_spec(coded),
+        _as_structs(tensors),
+        ctypes.c_size_t(len(tensors)),
+        _pointer(out),
+        ctypes.c_int32(_threads(threads)),
     )
     if status != 0:
         raise CorruptWeightError(_message())

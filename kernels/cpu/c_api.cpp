@@ -3,6 +3,7 @@
 #include <cstring>
 #include <string>
 
+#include "cpu/bandwidth.h"
 #include "cpu/codec.h"
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
@@ -166,4 +167,9 @@ EFFC_EXPORT int32_t effc_widen(const void* weight, int64_t begin, int64_t end, f
     effc::ActiveKernels().widen(view, begin, end, out, view.columns);
     return 0;
   });
+}
+
+// Bytes per second of the best of `rounds` threaded reads; negative on failure.
+EFFC_EXPORT double effc_read_bandwidth(int64_t bytes, int32_t threads, int32_t rounds) {
+  return Guard(-1.0, [&] { return effc::ReadBandwidth(bytes, threads, rounds); });
 }

@@ -13,6 +13,7 @@ namespace effc {
 struct Kernels {
   const char* name;
   int lanes;
+  int direct_rows;  // rows of x up to which `product` beats widening and a dense MatMul
   // y[i * y_stride + row] = dot(x row i, weight row) for `m` rows of x and rows [begin, end).
   // `scratch` holds ScratchFloats(columns, m) floats.
   void (*product)(const WeightView& weight, const float* x, int64_t x_stride, int64_t m,

@@ -34,68 +34,54 @@ constexpr int64_t kBlock = 4 * V::kLanes;
 template <class V>
 constexpr int kBlocksPerTile = kTile / kBlock<V>;
 
-// Walks one group of weight rows in lockstep: fn(offset, vectors of row 0.., of row 1.., ...).
-template <class V, class Reader, int kRows, class Fn>
-EFFC_INLINE void Walk(Reader (&readers)[kRows], int64_t columns, Fn&& fn) {
+// Walks one weight row: fn(offset, the vectors of a block).
+template <class V, class Reader, class Fn>
+EFFC_INLINE void Walk(Reader& reader, int64_t columns, Fn&& fn) {
   constexpr int64_t kB = kBlock<V>;
   const int64_t tiles = columns / kTile;
-  typename V::Vec v[kRows][4];
+  typename V::Vec v[4];
   for (int64_t tile = 0; tile < tiles; ++tile) {
-    Unroll<kRows>([&](auto r) EFFC_INLINE_LAMBDA { readers[r].StartTile(tile); });
+    reader.StartTile(tile);
     Unroll<kBlocksPerTile<V>>([&](auto b) EFFC_INLINE_LAMBDA {
-      Unroll<kRows>([&](auto r) EFFC_INLINE_LAMBDA { readers[r].template Block<b>(v[r]); });
+      reader.template Block<b>(v);
       fn(tile * kTile + b * kB, v);
     });
   }
   const int64_t rest = columns - tiles * kTile;
   if (rest == 0) return;
-  Unroll<kRows>([&](auto r) EFFC_INLINE_LAMBDA { readers[r].StartTile(tiles); });
+  reader.StartTile(tiles);
   Unroll<kBlocksPerTile<V>>([&](auto b) EFFC_INLINE_LAMBDA {
     const int64_t left = rest - b * kB;
     if (left <= 0) return;
-    Unroll<kRows>([&](auto r) EFFC_INLINE_LAMBDA {
-      if (left >= kB) {
-        readers[r].template Block<b>(v[r]);
-      } else {
-        readers[r].template PartialBlock<b>(left, v[r]);
-      }
-    });
+    if (left >= kB) {
+      reader.template Block<b>(v);
+    } else {
+      reader.template PartialBlock<b>(left, v);
+    }
     fn(tiles * kTile + b * kB, v);
   });
 }
 
-// kM rows of x against kRows rows of the weight, four accumulators a dot.
-template <class V, class Reader, int kRows, int kM>
-EFFC_INLINE void FewRows(const WeightView& w, const float* x, int64_t x_stride, int64_t row,
-                         float* y, int64_t y_stride) {
-  Reader readers[kRows];
-  Unroll<kRows>([&](auto r) EFFC_INLINE_LAMBDA { readers[r].Open(w, row + r); });
-  typename V::Vec acc[kRows][kM][4];
-  Unroll<kRows * kM * 4>(
-      [&](auto i) EFFC_INLINE_LAMBDA { acc[i / (4 * kM)][i / 4 % kM][i % 4] = V::Zero(); });
-  Walk<V, Reader, kRows>(readers, w.columns, [&](int64_t k, auto& v) EFFC_INLINE_LAMBDA {
-    Unroll<kM * 4>([&](auto i) EFFC_INLINE_LAMBDA {
-      const typename V::Vec xv = V::Load(x + i / 4 * x_stride + k + i % 4 * V::kLanes);
-      Unroll<kRows>([&](auto r) EFFC_INLINE_LAMBDA {
-        acc[r][i / 4][i % 4] = V::MulAdd(v[r][i % 4], xv, acc[r][i / 4][i % 4]);
+// kM rows of x, four accumulators a dot.
+template <class V, class Reader, int kM>
+void FewRows(const WeightView& w, const float* x, int64_t x_stride, int64_t begin, int64_t end,
+             float* y, int64_t y_stride) {
+  for (int64_t row = begin; row < end; ++row) {
+    Reader reader;
+    reader.Open(w, row);
+    typename V::Vec acc[kM][4];
+    Unroll<kM * 4>([&](auto i) EFFC_INLINE_LAMBDA { acc[i / 4][i % 4] = V::Zero(); });
+    Walk<V>(reader, w.columns, [&](int64_t k, auto& v) EFFC_INLINE_LAMBDA {
+      Unroll<kM * 4>([&](auto i) EFFC_INLINE_LAMBDA {
+        const typename V::Vec xv = V::Load(x + i / 4 * x_stride + k + i % 4 * V::kLanes);
+        acc[i / 4][i % 4] = V::MulAdd(v[i % 4], xv, acc[i / 4][i % 4]);
       });
     });
-  });
-  Unroll<kRows * kM>([&](auto i) EFFC_INLINE_LAMBDA {
-    auto& a = acc[i / kM][i % kM];
-    y[i % kM * y_stride + row + i / kM] = V::Sum(V::Add(V::Add(a[0], a[1]), V::Add(a[2], a[3])));
-  });
-}
-
-template <class V, class Reader, int kM>
-void FewRowsRange(const WeightView& w, const float* x, int64_t x_stride, int64_t begin, int64_t end,
-                  float* y, int64_t y_stride) {
-  constexpr int kRows = kM == 1 ? V::kRowsInFlight : 1;
-  int64_t row = begin;
-  for (; row + kRows <= end; row += kRows) {
-    FewRows<V, Reader, kRows, kM>(w, x, x_stride, row, y, y_stride);
+    Unroll<kM>([&](auto m) EFFC_INLINE_LAMBDA {
+      auto& a = acc[m];
+      y[m * y_stride + row] = V::Sum(V::Add(V::Add(a[0], a[1]), V::Add(a[2], a[3])));
+    });
   }
-  for (; row < end; ++row) FewRows<V, Reader, 1, kM>(w, x, x_stride, row, y, y_stride);
 }
 
 // kRows unpacked weight rows against kM rows of x, one accumulator a dot.
@@ -121,8 +107,12 @@ template <class V, int kRows>
 void DenseRows(const float* w, int64_t w_stride, const float* x, int64_t x_stride, int64_t m,
                int64_t length, float* y, int64_t y_stride) {
   int64_t i = 0;
-  for (; i + 4 <= m; i += 4) {
-    DenseTile<V, kRows, 4>(w, w_stride, x + i * x_stride, x_stride, length, y + i * y_stride,
+  for (; i + V::kTileWidth <= m; i += V::kTileWidth) {
+    DenseTile<V, kRows, V::kTileWidth>(w, w_stride, x + i * x_stride, x_stride, length,
+                                       y + i * y_stride, y_stride);
+  }
+  for (; i + 2 <= m; i += 2) {
+    DenseTile<V, kRows, 2>(w, w_stride, x + i * x_stride, x_stride, length, y + i * y_stride,
                            y_stride);
   }
   for (; i < m; ++i) {
@@ -133,17 +123,17 @@ void DenseRows(const float* w, int64_t w_stride, const float* x, int64_t x_strid
 
 template <class V, class Reader>
 void UnpackRow(const WeightView& w, int64_t row, float* out) {
-  Reader readers[1];
-  readers[0].Open(w, row);
-  Walk<V, Reader, 1>(readers, w.columns, [&](int64_t k, auto& v) EFFC_INLINE_LAMBDA {
-    Unroll<4>([&](auto j) EFFC_INLINE_LAMBDA { V::Store(out + k + j * V::kLanes, v[0][j]); });
+  Reader reader;
+  reader.Open(w, row);
+  Walk<V>(reader, w.columns, [&](int64_t k, auto& v) EFFC_INLINE_LAMBDA {
+    Unroll<4>([&](auto j) EFFC_INLINE_LAMBDA { V::Store(out + k + j * V::kLanes, v[j]); });
   });
 }
 
 // Any number of rows of x: each weight row is unpacked once, then used by all of them.
 template <class V, class Reader>
-void ManyRowsRange(const WeightView& w, const float* x, int64_t x_stride, int64_t m, int64_t begin,
-                   int64_t end, float* y, int64_t y_stride, float* scratch) {
+void ManyRows(const WeightView& w, const float* x, int64_t x_stride, int64_t m, int64_t begin,
+              int64_t end, float* y, int64_t y_stride, float* scratch) {
   const int64_t stride = PaddedColumns(w.columns);
   const int64_t length = (w.columns + kBlock<V> - 1) / kBlock<V> * kBlock<V>;
   for (int64_t row = begin; row < end; row += 4) {
@@ -167,29 +157,29 @@ void ProductWith(const WeightView& w, const float* x, int64_t x_stride, int64_t 
     case 0:
       return;
     case 1:
-      return FewRowsRange<V, Reader, 1>(w, x, x_stride, begin, end, y, y_stride);
+      return FewRows<V, Reader, 1>(w, x, x_stride, begin, end, y, y_stride);
     case 2:
-      return FewRowsRange<V, Reader, 2>(w, x, x_stride, begin, end, y, y_stride);
+      return FewRows<V, Reader, 2>(w, x, x_stride, begin, end, y, y_stride);
     case 3:
-      return FewRowsRange<V, Reader, 3>(w, x, x_stride, begin, end, y, y_stride);
+      return FewRows<V, Reader, 3>(w, x, x_stride, begin, end, y, y_stride);
     case 4:
-      return FewRowsRange<V, Reader, 4>(w, x, x_stride, begin, end, y, y_stride);
+      return FewRows<V, Reader, 4>(w, x, x_stride, begin, end, y, y_stride);
     default:
-      return ManyRowsRange<V, Reader>(w, x, x_stride, m, begin, end, y, y_stride, scratch);
+      return ManyRows<V, Reader>(w, x, x_stride, m, begin, end, y, y_stride, scratch);
   }
 }
 
 template <class V, class Reader>
 void WidenWith(const WeightView& w, int64_t begin, int64_t end, float* out, int64_t stride) {
   for (int64_t row = begin; row < end; ++row, out += stride) {
-    Reader readers[1];
-    readers[0].Open(w, row);
-    Walk<V, Reader, 1>(readers, w.columns, [&](int64_t k, auto& v) EFFC_INLINE_LAMBDA {
+    Reader reader;
+    reader.Open(w, row);
+    Walk<V>(reader, w.columns, [&](int64_t k, auto& v) EFFC_INLINE_LAMBDA {
       if (w.columns - k >= kBlock<V>) {
-        V::StoreNatural(out + k, v[0]);
+        V::StoreNatural(out + k, v);
       } else {
         float block[kBlock<V>];
-        V::StoreNatural(block, v[0]);
+        V::StoreNatural(block, v);
         std::memcpy(out + k, block, (w.columns - k) * sizeof(float));
       }
     });

@@ -6,12 +6,12 @@
 namespace effc {
 namespace {
 
-constexpr int64_t kAhead = 2048;  // bytes of sign_mantissa between use and prefetch
+constexpr int64_t kAhead = 8192;  // bytes between use and prefetch of a word plane
 
 struct Avx2 {
   using Vec = __m256;
   static constexpr int kLanes = 8;
-  static constexpr int kRowsInFlight = 1;
+  static constexpr int kTileWidth = 2;  // rows of x in a dense tile
   static EFFC_INLINE Vec Zero() { return _mm256_setzero_ps(); }
   static EFFC_INLINE Vec Load(const float* p) { return _mm256_loadu_ps(p); }
   static EFFC_INLINE void Store(float* p, Vec v) { _mm256_storeu_ps(p, v); }
@@ -84,7 +84,7 @@ struct RawReader {
   EFFC_INLINE void StartTile(int64_t) {
     at += kTile;
     Unroll<2 * sizeof(Word)>([&](auto i) EFFC_INLINE_LAMBDA {
-      Prefetch(reinterpret_cast<const char*>(at) + 2 * kAhead + 64 * i);
+      Prefetch(reinterpret_cast<const char*>(at) + kAhead + 64 * i);
     });
   }
   template <int kB>
@@ -155,7 +155,7 @@ struct RankPlanes {
     Prefetch(sm + kAhead + 64);
     if constexpr (kLow) {
       low += kTile;
-      for (int i = 0; i < 4; ++i) Prefetch(low + kAhead + 32 * i);
+      for (int i = 0; i < 4; ++i) Prefetch(low + kAhead / 2 + 32 * i);
     }
   }
   static EFFC_INLINE void Join(const Upper& e, const uint8_t* p, const uint16_t* halves,
@@ -292,6 +292,6 @@ struct Reader<Layout::kRank3, kType> {
 
 }  // namespace
 
-const Kernels kAvx2Kernels = {"avx2", Avx2::kLanes, Product<Avx2, Reader>, Widen<Avx2, Reader>};
+const Kernels kAvx2Kernels = {"avx2", Avx2::kLanes, 16, Product<Avx2, Reader>, Widen<Avx2, Reader>};
 
 }  // namespace effc

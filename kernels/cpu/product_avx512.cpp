@@ -6,12 +6,12 @@
 namespace effc {
 namespace {
 
-constexpr int64_t kAhead = 2048;  // bytes of sign_mantissa between use and prefetch
+constexpr int64_t kAhead = 8192;  // bytes between use and prefetch of a word plane
 
 struct Avx512 {
   using Vec = __m512;
   static constexpr int kLanes = 16;
-  static constexpr int kRowsInFlight = 2;  // for one row of x
+  static constexpr int kTileWidth = 4;  // rows of x in a dense tile
   static EFFC_INLINE Vec Zero() { return _mm512_setzero_ps(); }
   static EFFC_INLINE Vec Load(const float* p) { return _mm512_loadu_ps(p); }
   static EFFC_INLINE void Store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
@@ -80,7 +80,7 @@ struct Reader<Layout::kRaw, Type::kBfloat16> {
   }
   EFFC_INLINE void StartTile(int64_t) {
     at += kTile;
-    for (int i = 0; i < 4; ++i) Prefetch(at + kAhead + 32 * i);
+    for (int i = 0; i < 4; ++i) Prefetch(at + kAhead / 2 + 32 * i);
   }
   template <int kB>
   EFFC_INLINE void Block(__m512 (&v)[4]) {
@@ -108,7 +108,7 @@ struct Reader<Layout::kRaw, Type::kFloat> {
   }
   EFFC_INLINE void StartTile(int64_t) {
     at += kTile;
-    for (int i = 0; i < 8; ++i) Prefetch(at + kAhead / 2 + 16 * i);
+    for (int i = 0; i < 8; ++i) Prefetch(at + kAhead / 4 + 16 * i);
   }
   template <int kB>
   EFFC_INLINE void Block(__m512 (&v)[4]) {
@@ -134,7 +134,7 @@ struct Reader<Layout::kRaw, Type::kFloat16> {
   }
   EFFC_INLINE void StartTile(int64_t) {
     at += kTile;
-    for (int i = 0; i < 4; ++i) Prefetch(at + kAhead + 32 * i);
+    for (int i = 0; i < 4; ++i) Prefetch(at + kAhead / 2 + 32 * i);
   }
   template <int kB>
   EFFC_INLINE void Block(__m512 (&v)[4]) {
@@ -171,7 +171,7 @@ struct RankPlanes {
     Prefetch(sm + kAhead + 64);
     if constexpr (kLow) {
       low += kTile;
-      for (int i = 0; i < 4; ++i) Prefetch(low + kAhead + 32 * i);
+      for (int i = 0; i < 4; ++i) Prefetch(low + kAhead / 2 + 32 * i);
     }
   }
   template <bool kPartial>
@@ -316,7 +316,7 @@ struct Reader<Layout::kRank3, kType> {
 
 }  // namespace
 
-const Kernels kAvx512Kernels = {"avx512", Avx512::kLanes, Product<Avx512, Reader>,
+const Kernels kAvx512Kernels = {"avx512", Avx512::kLanes, 32, Product<Avx512, Reader>,
                                 Widen<Avx512, Reader>};
 
 }  // namespace effc

@@ -6,12 +6,12 @@
 namespace effc {
 namespace {
 
-constexpr int64_t kAhead = 1024;  // bytes of sign_mantissa between use and prefetch
+constexpr int64_t kAhead = 4096;  // bytes between use and prefetch of a word plane
 
 struct Neon {
   using Vec = float32x4_t;
   static constexpr int kLanes = 4;
-  static constexpr int kRowsInFlight = 1;
+  static constexpr int kTileWidth = 4;  // rows of x in a dense tile
   static EFFC_INLINE Vec Zero() { return vdupq_n_f32(0); }
   static EFFC_INLINE Vec Load(const float* p) { return vld1q_f32(p); }
   static EFFC_INLINE void Store(float* p, Vec v) { vst1q_f32(p, v); }
@@ -53,7 +53,7 @@ struct RawReader {
   EFFC_INLINE void StartTile(int64_t) {
     at += kTile;
     Unroll<2 * sizeof(Word)>([&](auto i) EFFC_INLINE_LAMBDA {
-      __builtin_prefetch(reinterpret_cast<const char*>(at) + 2 * kAhead + 64 * i);
+      __builtin_prefetch(reinterpret_cast<const char*>(at) + kAhead + 64 * i);
     });
   }
   template <int kB>
@@ -112,7 +112,7 @@ struct RankPlanes {
     __builtin_prefetch(sm + kAhead + 64);
     if constexpr (kLow) {
       low += kTile;
-      for (int i = 0; i < 4; ++i) __builtin_prefetch(low + kAhead + 32 * i);
+      for (int i = 0; i < 4; ++i) __builtin_prefetch(low + kAhead / 2 + 32 * i);
     }
   }
   static EFFC_INLINE void Join(uint8x16_t e, const uint8_t* p, const uint16_t* halves,
@@ -212,6 +212,6 @@ struct Reader<Layout::kRank3, kType> : RankReader<Layout::kRank3, kType> {};
 
 }  // namespace
 
-const Kernels kNeonKernels = {"neon", Neon::kLanes, Product<Neon, Reader>, Widen<Neon, Reader>};
+const Kernels kNeonKernels = {"neon", Neon::kLanes, 16, Product<Neon, Reader>, Widen<Neon, Reader>};
 
 }  // namespace effc

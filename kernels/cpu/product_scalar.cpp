@@ -11,7 +11,7 @@ struct Scalar {
     float f[4];
   };
   static constexpr int kLanes = 4;
-  static constexpr int kRowsInFlight = 1;
+  static constexpr int kTileWidth = 2;  // rows of x in a dense tile
   static EFFC_INLINE Vec Zero() { return {}; }
   static EFFC_INLINE Vec Load(const float* p) { return {{p[0], p[1], p[2], p[3]}}; }
   static EFFC_INLINE void Store(float* p, Vec v) { std::memcpy(p, v.f, sizeof(v.f)); }
@@ -114,7 +114,7 @@ struct Reader<Layout::kRaw, kType> : OneByOne<Reader<Layout::kRaw, kType>> {
 
 }  // namespace
 
-const Kernels kScalarKernels = {"scalar", Scalar::kLanes, Product<Scalar, Reader>,
+const Kernels kScalarKernels = {"scalar", Scalar::kLanes, 4, Product<Scalar, Reader>,
                                 Widen<Scalar, Reader>};
 
 }  // namespace effc

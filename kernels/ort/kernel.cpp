@@ -10,9 +10,6 @@
 namespace effc::ort {
 namespace {
 
-// Rows of x above which panels are widened and multiplied by onnxruntime's own MatMul.
-constexpr int64_t kDirectRows = 16;
-
 // Weights in one task of a direct product: some ten microseconds.
 constexpr int64_t kTaskWeights = 1 << 17;
 
@@ -291,7 +288,7 @@ void MatMulKernel::Compute(OrtKernelContext* context) const {
   if (m == 0 || spec_.rows == 0) return;
   if (spec_.columns == 0) {
     std::memset(y, 0, static_cast<size_t>(m * spec_.rows) * sizeof(float));
-  } else if (m <= kDirectRows) {
+  } else if (m <= kernels_->direct_rows) {
     Direct(context, x.as<float>(), m, y);
   } else {
     Panels(context, x.as<float>(), m, y);
