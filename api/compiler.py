@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from effc.backends import backend
 from effc.backends.base import Backend, Progress
@@ -27,6 +27,8 @@ from effc.verify.weights import WeightCheck
 
 BASE_BYTES = 900 << 20
 """Resident memory of the libraries and a graph without weights."""
+HARD_SHAPES_UP_TO = 1 << 30
+"""Models with more bytes of weights are checked at one small shape instead of several."""
 LARGEST_COPIES = 6
 """Copies of the largest weight that a step may hold at once: source, widened, coded, checked."""
 
@@ -133,9 +135,9 @@ def optimize(
         return OptimizeResult(program, None, None, _dry_run(program, requested, target, plan, watch))
     assert output is not None
     _refuse_early(plan, Path(output))
-    instruments = _instruments(check, dump, step)
+    instruments = _instruments(check, dump, step, plan)
     run_pipeline(program, requested, instruments, allow_noop=allow_noop)
-    manifest = _write(program, Path(output), chosen, portable, requested, step)
+    manifest = _write(program, Path(output), chosen, portable, step)
     return OptimizeResult(program, Path(output), manifest, _summary(manifest, Path(output), watch))
 
 
@@ -153,7 +155,7 @@ def reference_engine(
     if (folder / MANIFEST).is_file():
         os.utime(folder / MANIFEST)
         return folder
-    _write(program, folder, backend("ort-cpu"), True, (), lambda stage, done, total: None)
+    _write(program, folder, backend("ort-cpu"), True, lambda stage, done, total: None)
     return folder
 
 
@@ -184,10 +186,11 @@ def _refuse_early(plan: Plan, output: Path) -> None:
         )
 
 
-def _instruments(check: bool, dump: Path | None, step: Progress) -> list[Instrument]:
+def _instruments(check: bool, dump: Path | None, step: Progress, plan: Plan) -> list[Instrument]:
     instruments: list[Instrument] = [_Stage(step)]
     if check:
-        instruments += [ContractCheck(), WeightCheck()]
+        shapes: Literal["hard", "quick"] = "hard" if plan.weight_bytes <= HARD_SHAPES_UP_TO else "quick"
+        instruments += [ContractCheck(shapes), WeightCheck()]
     if dump is not None:
         instruments.append(DumpStages(dump))
     return [*instruments, PeakMemory()]
@@ -234,9 +237,7 @@ def _dry_run(program: Program, requested: Sequence[Pass], target: str, plan: Pla
     }
 
 
-def _write(
-    program: Program, output: Path, chosen: Backend, portable: bool, requested: Sequence[Pass], step: Progress
-) -> Manifest:
+def _write(program: Program, output: Path, chosen: Backend, portable: bool, step: Progress) -> Manifest:
     step("lower", 0, 0)
     lowered = chosen.lower(program, portable=portable)
     lowered.records = program.records

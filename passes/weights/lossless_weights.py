@@ -19,7 +19,9 @@ from effc.ir.weights import tensor_shape
 from effc.kernels import codec
 from effc.passes.base import Contract, LeftAlone, Match, Pass, PassReport, Site
 from effc.passes.weights.coded_files import FORMAT_VERSION, load_tensors, save_tensors
+from effc.passes.weights.runtime_layout import runtime_layout
 from effc.passes.weights.stored_weights import MIN_BYTES, StoredWeights
+
 
 @dataclass(frozen=True)
 class LosslessWeights(Pass):
@@ -171,7 +173,7 @@ def _bits(prediction: codec.Prediction, layout: str) -> float:
 def _runtime_bits(prediction: codec.Prediction, dtype: ir.DataType) -> float:
     """Bits per weight once the engine is loaded: the layout the kernels transcode to."""
     return {"rank4": prediction.rank4_bits, "rank3": prediction.rank3_bits, "raw": float(dtype.bitwidth)}[
-        codec.runtime_layout(dtype.name.lower())
+        runtime_layout(dtype.name.lower())
     ]
 
 
