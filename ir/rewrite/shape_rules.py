@@ -167,13 +167,31 @@ def _concat(node: ir.Node) -> bool:
 
 def _slice(node: ir.Node) -> bool:
     dtype, shape = _first(node)
-    bounds = slice_bounds(node)
+    bounds = slice_bounds(node) or _bounds_inside(node)
     if shape is None or bounds is None:
         return False
     result = list(shape)
     for axis, (start, stop, step) in bounds.items():
         result[axis] = _slice_size(start, stop, step)
     return set_type(node.outputs[0], dtype, result)
+
+
+def _bounds_inside(node: ir.Node) -> dict[int, tuple[Size, Size, int]] | None:
+    """Symbolic bounds of one axis of plain length (rows of a table), taken to lie inside it.
+
+    A table too short for a sequence makes the model fail at run time, before and after any rewriting.
+    """
+    _, shape = _first(node)
+    starts, stops = content_of(node.inputs[1]), content_of(node.inputs[2])
+    if shape is None or starts is None or stops is None or len(starts) != 1 or len(node.inputs) < 4:
+        return None
+    axes = axes_of(node, len(shape), 3)
+    steps = known_integers(node.inputs[4]) if len(node.inputs) > 4 else (1,)
+    if axes is None or steps != (1,) or not isinstance(shape[axes[0]], int):
+        return None
+    inside = all(not isinstance(size, int) or 0 <= size for size in (starts[0], stops[0]))
+    symbolic = isinstance(stops[0], ir.SymbolicDim) and sizes.is_known(stops[0])
+    return {axes[0]: (starts[0], stops[0], 1)} if inside and symbolic else None
 
 
 def _slice_size(start: Size, stop: Size, step: int) -> Size:

@@ -266,6 +266,16 @@ def _gemm(node: ir.Node) -> bool:
     return _bypass(node, result)
 
 
+def _gather_of_cast(node: ir.Node) -> bool:
+    """`Gather(Cast(table), i)` -> `Cast(Gather(table, i))`: the rows are converted, not the table."""
+    cast = producer(node.inputs[0], "Cast")
+    table = cast.inputs[0] if cast is not None else None
+    if cast is None or table is None or not table.is_initializer():
+        return False
+    rows = insert_value(node, "Gather", [table, node.inputs[1]], {"axis": attribute_int(node, "axis", 0)})
+    return _bypass(node, insert_value(node, "Cast", [rows], {"to": attribute_int(cast, "to", 1)}))
+
+
 _ROWWISE = {"Gelu", "Relu", "Tanh", "Sigmoid", "Erf", "LayerNormalization", "RMSNormalization", "Cast"}
 
 
@@ -332,6 +342,7 @@ RULES: dict[str, tuple[Callable[[ir.Node], bool], ...]] = {
     "Slice": (_slice,),
     "Concat": (_single_operand,),
     "SplitToSequence": (_split_sequence,),
+    "Gather": (_gather_of_cast,),
     "Gemm": (_gemm,),
     "MatMul": (_sink_row_reshape,),
     "Gelu": (_sink_row_reshape,),

@@ -59,6 +59,31 @@ class SizeSources:
             for axis, size in enumerate(shape_of(value) or ()):
                 if isinstance(size, ir.SymbolicDim) and size.value is not None:
                     self.dims.setdefault(size.value, (value, axis))
+        for node in [node for node in graph if is_op(node, "Shape", "Squeeze")]:
+            self._adopt(node)
+
+    def _adopt(self, node: ir.Node) -> None:
+        """Use a node that already is the source of a size; it moves to the top."""
+        output = node.outputs[0]
+        content = content_of(output)
+        size = content[0] if content is not None and len(content) == 1 else None
+        if not isinstance(size, ir.SymbolicDim) or size.value is None or size.value not in self.dims:
+            return
+        known = self.vectors if is_op(node, "Shape") else self.scalars
+        value, axis = self.dims[size.value]
+        if is_op(node, "Shape"):
+            fits = node.inputs[0] is value and attribute_int(node, "start", 0) == axis
+        else:
+            fits = node.inputs[0] is self.vectors.get(size.value) and len(node.inputs) == 2
+        if not fits or size.value in known or output.is_graph_output():
+            return
+        known[size.value] = output
+        self.graph.remove(node)
+        vector = self.vectors[size.value].producer()
+        if node is vector or vector is None:
+            self._put_first(node)
+        else:
+            self.graph.insert_after(vector, node)
 
     def knows(self, size: Size) -> bool:
         """Whether some graph input has an axis of this size."""
