@@ -24,7 +24,7 @@ def test_two_engines_side_by_side(folders: dict[str, Path]) -> None:
     result = bench_engine(
         folders["native"], folders["portable"], prompt_tokens=5, new_tokens=3, repeats=2, progress=lines.append
     )
-    jsonschema.validate(result, schema("bench"))
+    jsonschema.validate(result, {**schema("bench"), "additionalProperties": False})
     for side in ("engine", "against"):
         rate = result[side]["decode_tokens_per_s"]
         assert 0 < rate["min"] <= rate["median"] <= rate["max"]
@@ -39,7 +39,7 @@ def test_two_engines_side_by_side(folders: dict[str, Path]) -> None:
 
 def test_an_encoder_alone(folders: dict[str, Path]) -> None:
     result = bench_engine(folders["encoder"], prompt_tokens=6, batch=2, repeats=1, threads=1)
-    jsonschema.validate(result, schema("bench"))
+    jsonschema.validate(result, {**schema("bench"), "additionalProperties": False})
     assert result["against"] is None
     assert result["ratio"] is None
     assert result["engine"]["decode_tokens_per_s"] is None

@@ -13,7 +13,7 @@ from effc.verify.evaluation import enforce_budget, verify_engine, windows
 from effc.verify.inputs import FeedShape, make_feed, manifest_interface
 from effc.verify.steps import run_at, window_logits
 from verify_models import causal_lm, encoder, write_engine
-from verify_schemas import schema
+from verify_schemas import measured_schema
 
 
 def perturbed(program: Program, factor: float) -> Program:
@@ -40,7 +40,7 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Engine]:
 
 def test_an_engine_equals_itself(engines: dict[str, Engine]) -> None:
     result = verify_engine(engines["portable"], engines["portable"], tokens=40, context=16)
-    jsonschema.validate(result, schema("verify"))
+    jsonschema.validate(result, measured_schema())
     assert result["bitwise"] is True
     assert (result["max_abs"], result["max_rel"], result["top1"], result["kl"]) == (0, 0, 1, 0)
     assert result["perplexity"]["ratio"] == 1
@@ -58,7 +58,7 @@ def test_two_cache_modes_agree(engines: dict[str, Engine]) -> None:
 
 def test_a_changed_engine_is_measured(engines: dict[str, Engine]) -> None:
     result = verify_engine(engines["off"], engines["portable"], tokens=200, context=32, text="a b c d " * 100)
-    jsonschema.validate(result, schema("verify"))
+    jsonschema.validate(result, measured_schema())
     assert result["bitwise"] is False
     assert result["max_rel"] > 0.01
     assert result["kl"] > 1e-4
@@ -106,7 +106,7 @@ def test_window_logits_in_chunks(engines: dict[str, Engine]) -> None:
 
 def test_encoders_have_no_perplexity(engines: dict[str, Engine]) -> None:
     result = verify_engine(engines["encoder-off"], engines["encoder"])
-    jsonschema.validate(result, schema("verify"))
+    jsonschema.validate(result, measured_schema())
     assert result["perplexity"] is None
     assert result["top1"] is None
     assert result["max_rel"] == pytest.approx(0.5, rel=0.2) or result["max_rel"] > 0.4

@@ -1,0 +1,122 @@
+import re
+from dataclasses import asdict
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from effc.errors import OutputError
+from effc.runtime.bundle import read_manifest
+from effc.verify.report import format_bytes, format_number, render_report, weight_rows, write_report
+from verify_models import encoder, write_engine
+
+RATE = {"median": 12.5, "min": 11.0, "max": 13.0}
+SIDE = {
+    "decode_tokens_per_s": RATE,
+    "prefill_tokens_per_s": None,
+    "items_per_s": None,
+    "load_s": 0.5,
+    "peak_rss": 5_000_000,
+    "bytes": 100,
+}
+RECORD = {
+    "name": "lossless-weights",
+    "options": 'lossless-weights{skip="a*"}',
+    "contract": "exact",
+    "rewritten": ["w"],
+    "left": [{"site": f"s{index}", "reason": "too <small>"} for index in range(9)],
+    "details": {"tensors": [{"name": "w", "shape": [3, 5], "dtype": "bfloat16", "bytes": 30, "entropy_bits": 10.6}]},
+    "measured": {"bitwise": True, "max_abs": None, "max_rel": 1e-7, "top1": 0.5, "shapes": ["batch=1"], "allowed": {}},
+    "seconds": 1.25,
+}
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    folder = write_engine(encoder(), tmp_path_factory.mktemp("engine") / "engine")
+    return asdict(read_manifest(folder))
+
+
+class Checker(HTMLParser):
+    """Collects references to other files, and checks that tags are balanced."""
+
+    VOID = frozenset({"meta", "br", "link", "img"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.references: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.references += [str(value) for name, value in attrs if name in ("src", "href")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def check(text: str) -> None:
+    checker = Checker()
+    checker.feed(text)
+    assert not checker.open
+    assert not checker.references
+    assert not re.search(r"url\(|@import|<script", text)
+
+
+def test_a_plain_engine(manifest: dict, tmp_path: Path) -> None:
+    path = tmp_path / "report.html"
+    write_report(manifest, path)
+    text = path.read_text(encoding="utf-8")
+    check(text)
+    assert "encoder engine for ort-cpu" in text
+    assert "<h2>Speed" not in text
+
+
+def test_everything_measured(manifest: dict) -> None:
+    verify = {
+        "bitwise": False,
+        "max_abs": 1e-5,
+        "max_rel": None,
+        "top1": 0.987,
+        "perplexity": {"source": 20.0, "engine": 20.1, "ratio": 1.005},
+        "shapes": [{"batch": 1, "seq": 1, "past": 0, "max_abs": 1e-5}],
+    }
+    bench = {"engine": SIDE, "against": SIDE, "ratio": dict.fromkeys(SIDE, 1.0), "settings": {"batch": 1}}
+    text = render_report({**manifest, "passes": [RECORD]}, verify=verify, bench=bench)
+    check(text)
+    for expected in ("98.7 %", "12.5 (11 to 13)", "too &lt;small&gt;", "and 5 more", "10.60", "3 × 5", "1.005", "∞"):
+        assert expected in text
+    assert "too <small>" not in text
+    assert "prefill" not in text
+
+
+def test_an_unchecked_pass_says_so(manifest: dict) -> None:
+    text = render_report({**manifest, "passes": [{**RECORD, "measured": {}, "details": {}, "left": []}]})
+    check(text)
+    assert "<dt>checked</dt><dd>no</dd>" in text
+    assert "<h2>Weights" not in text
+
+
+def test_largest_weights_first() -> None:
+    tensors = [{"name": f"w{index}", "bytes": index} for index in range(100)]
+    rows = weight_rows([{"details": {"tensors": tensors}}, {"details": {"layout": "raw"}}, {}])
+    assert [row["name"] for row in rows[:2]] == ["w99", "w98"]
+    assert len(rows) == 40
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 B"), (999, "999 B"), (1000, "1 kB"), (536_000_000, "536 MB"), (3_210_000_000, "3.21 GB"), (None, "–")],
+)
+def test_sizes(count: int | None, text: str) -> None:
+    assert format_bytes(count) == text
+
+
+def test_numbers() -> None:
+    shown = [format_number(value) for value in (None, True, False, 3, 0.000012345)]
+    assert shown == ["∞", "yes", "no", "3", "1.234e-05"]
+
+
+def test_a_place_that_cannot_be_written(manifest: dict, tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="cannot be written"):
+        write_report(manifest, tmp_path / "no" / "report.html")
