@@ -125,19 +125,20 @@ class _Verdict:
             figures["not_compared"] = list(merged.not_compared)
         return figures
 
-    def worst(self) -> tuple[FeedShape, str]:
-        """Shape and output with the largest `max_rel`; an unpadded shape where several are as bad."""
+    def worst(self, tolerance: float) -> tuple[FeedShape, str]:
+        """Shape and output to show: one that breaks the tolerance, without padding if possible, the worst of those."""
 
-        def rank(item: tuple[FeedShape, str]) -> tuple[float, bool]:
+        def rank(item: tuple[FeedShape, str]) -> tuple[bool, bool, float]:
             difference = self.differences[item[0]].by_output[item[1]]
-            return (-difference.max_rel if difference.max_rel else float(difference.bitwise), item[0].padded)
+            broken = difference.max_rel > tolerance or (tolerance == 0 and not difference.bitwise)
+            return not broken, item[0].padded, -difference.max_rel
 
         pairs = [(shape, name) for shape, found in self.differences.items() for name in found.by_output]
         return min(pairs, key=rank)
 
     def story(self, one: Pass, problem: str, tolerance: float) -> str:
         """The message of a broken contract."""
-        shape, name = self.worst()
+        shape, name = self.worst(tolerance)
         difference = self.differences[shape].by_output[name]
         lines = [
             f"pass {one.name!r} breaks its contract ({one.contract}): {problem}.",
