@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import onnx
 import onnx_ir as ir
-
 from effc.errors import InputError, UsageError
 from effc.frontends.request import Request
 from effc.frontends.stored_dtype import parse
@@ -56,7 +55,7 @@ def import_model(
     if isinstance(model, (str, Path)):
         return _import_path(model, request)
     if twin:
-        raise UsageError("twin=True needs a Hugging Face folder or a GGUF file, whose architecture has a configuration.")
+        raise UsageError("twin=True needs a Hugging Face folder or a GGUF file: only they have a configuration.")
     if isinstance(model, (onnx.ModelProto, ir.Model)):
         from effc.frontends.onnx_file import import_onnx_model
 

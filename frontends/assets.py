@@ -76,7 +76,8 @@ def _make_fast(folder: Path) -> tuple[Mapping[str, bytes], str]:
         with offline_and_quiet():
             tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
     except Exception as error:
-        return {}, f"No tokenizer.json could be made from the slow tokenizer ({type(error).__name__}: {str(error)[:150]})."
+        reason = f"{type(error).__name__}: {str(error)[:150]}"
+        return {}, f"No tokenizer.json could be made from the slow tokenizer ({reason})."
     if not getattr(tokenizer, "is_fast", False):
         return {}, "The tokenizer has no fast form: the engine has no tokenizer.json."
     return saved_tokenizer(tokenizer), "tokenizer.json was made from the slow tokenizer."

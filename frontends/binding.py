@@ -8,11 +8,7 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-
 from effc.errors import InputError
-
-CHUNK = 1 << 26
-STORED = {ir.DataType.BFLOAT16, ir.DataType.FLOAT16, ir.DataType.DOUBLE}
 
 
 @dataclass(frozen=True)
@@ -77,7 +73,7 @@ def bind(graph: ir.Graph, prefix: str, model: Any, weights: Weights, where: str)
         InputError: A parameter the graph needs is not in the checkpoint, or has another shape.
     """
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    _merge_tied(graph, prefix, weights.ties)
+    merge_tied(graph, prefix, weights.ties)
     missing, mismatched = [], []
     for value in list(graph.initializers.values()):
         name = (value.name or "").removeprefix(prefix)
@@ -92,14 +88,15 @@ def bind(graph: ir.Graph, prefix: str, model: Any, weights: Weights, where: str)
         if tuple(tensor.shape) != expected:
             mismatched.append(f"{name} is {list(tensor.shape)}, the configuration says {list(expected)}")
             continue
-        _replace(graph, value, name, tensor)
+        replace_weight(graph, value, name, tensor)
     if missing:
         raise InputError(f"{where}: lacks {_some(missing)}. The checkpoint does not fit the architecture.")
     if mismatched:
         raise InputError(f"{where}: {_some(mismatched)}. The checkpoint does not fit its config.json.")
 
 
-def _merge_tied(graph: ir.Graph, prefix: str, ties: Mapping[str, str]) -> None:
+def merge_tied(graph: ir.Graph, prefix: str, ties: Mapping[str, str]) -> None:
+    """Let every tied initializer's uses read the one it shares."""
     for target, source in ties.items():
         duplicate, kept = graph.initializers.get(prefix + target), graph.initializers.get(prefix + source)
         if duplicate is None or duplicate is kept:
@@ -122,7 +119,8 @@ def _detach(value: ir.Value) -> None:
     )
 
 
-def _replace(graph: ir.Graph, value: ir.Value, name: str, tensor: ir.TensorProtocol) -> None:
+def replace_weight(graph: ir.Graph, value: ir.Value, name: str, tensor: ir.TensorProtocol) -> None:
+    """Put a weight in the place of a placeholder, with a `Cast` where it is stored in another dtype."""
     assert value.const_value is not None
     wanted = value.const_value.dtype
     graph.initializers.pop(value.name or "")

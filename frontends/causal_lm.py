@@ -83,14 +83,18 @@ def cache_shapes(model: Any) -> list[tuple[tuple[int, int], tuple[int, int]]]:
     torch = require("torch", "Importing a language model")
     from torch._subclasses.fake_tensor import FakeTensorMode
     from transformers import DynamicCache
+    from transformers.exporters.exporter_onnx import use_experts_implementation
 
     cache = DynamicCache()
     try:
-        with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+        # Of the expert products only the batched one runs on fake tensors.
+        experts = use_experts_implementation(model, "batched_mm")
+        with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True), experts:
             ids = torch.zeros(EXAMPLE_BATCH, EXAMPLE_SEQ, dtype=torch.int64)
             output = model(input_ids=ids, past_key_values=cache, use_cache=True)
     except Exception as error:
-        raise InputError(_no_cache(model, f"a trial run failed ({type(error).__name__}: {str(error)[:300]})")) from error
+        reason = f"a trial run failed ({type(error).__name__}: {str(error)[:300]})"
+        raise InputError(_no_cache(model, reason)) from error
     if getattr(output, "past_key_values", None) is not cache or not cache.layers:
         raise InputError(_no_cache(model, "it does not fill a key-value cache"))
     shapes = []

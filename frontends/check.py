@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-
 from effc.errors import ContractError
 from effc.frontends.causal_lm import takes_positions
 from effc.frontends.environment import require
@@ -67,13 +66,22 @@ def check(program: Program, interface: Interface, module: Any, progress: Callabl
         ContractError: A difference beyond the tolerance, with shape and size of the difference.
     """
     cases = {Task.CAUSAL_LM: _causal_cases, Task.VISION: _vision_cases}.get(program.task, _encoder_cases)
+    with Runner(program.model) as runner:
+        return run_cases(program, runner, cases(module, interface, runner), progress)
+
+
+def run_cases(program: Program, runner: Runner, cases: Iterable[Case], progress: Callable[[str], None]) -> str:
+    """Compare every case; the sentence for the report.
+
+    Raises:
+        ContractError: A difference beyond the tolerance.
+    """
     worst = 0.0
     names = []
-    with Runner(program.model) as runner:
-        for case in cases(module, interface, runner):
-            progress(f"comparing with torch: {case.name}")
-            worst = max(worst, _compare(program, case, runner.run(case.feeds)))
-            names.append(case.name)
+    for case in cases:
+        progress(f"comparing with torch: {case.name}")
+        worst = max(worst, compare_case(program, case, runner.run(case.feeds)))
+        names.append(case.name)
     return f"Compared with torch in onnxruntime at {', '.join(names)}: largest relative difference {worst:.1e}."
 
 
@@ -83,7 +91,8 @@ class Runner:
     def __init__(self, model: ir.Model) -> None:
         self._model = model
 
-    def __enter__(self) -> Runner:
+    def open(self) -> Runner:
+        """Make the session; `with` does it too."""
         import onnxruntime
 
         self._folder = tempfile.TemporaryDirectory(prefix="effc-check-")
@@ -91,10 +100,17 @@ class Runner:
         ir.save(self._model, path, external_data="weights.bin")
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
-        self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        try:
+            self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception:
+            self._folder.cleanup()
+            raise
         self.outputs = [output.name for output in self.session.get_outputs()]
         self.inputs = {item.name for item in self.session.get_inputs()}
         return self
+
+    def __enter__(self) -> Runner:
+        return self if hasattr(self, "session") else self.open()
 
     def __exit__(self, *_: object) -> None:
         del self.session
@@ -106,7 +122,12 @@ class Runner:
         return dict(zip(self.outputs, self.session.run(None, used), strict=True))
 
 
-def _compare(program: Program, case: Case, actual: Mapping[str, np.ndarray]) -> float:
+def compare_case(program: Program, case: Case, actual: Mapping[str, np.ndarray]) -> float:
+    """The largest difference, as a share of the reference's largest magnitude.
+
+    Raises:
+        ContractError: It exceeds the tolerance, or a shape differs.
+    """
     worst = 0.0
     for name, expected in case.expected.items():
         got = actual[name]
@@ -129,7 +150,8 @@ def _message(program: Program, case: Case, output: str, found: str) -> str:
         f"{name}{list(array.shape)}" for name, array in case.feeds.items() if not name.startswith("past_key_values")
     )
     return (
-        f"{program.source.name}: the imported graph differs from torch at {case.name} ({shapes}): {output} has {found}. "
+        f"{program.source.name}: the imported graph differs from its source at {case.name} ({shapes}): "
+        f"{output} has {found}. "
         "Import with check=False only to look at the graph; an engine made from it would be wrong."
     )
 
@@ -206,7 +228,8 @@ def _encoder_cases(module: Any, interface: Interface, runner: Runner) -> Iterato
         width = max(lengths)
         mask = np.array([[1] * length + [0] * (width - length) for length in lengths], np.int64)
         # Some models take positions from the ids: padding must look like padding there.
-        ids = np.where(mask == 1, rng.integers(min(5, config.vocab_size - 1), config.vocab_size, mask.shape), _pad(config))
+        tokens = rng.integers(min(5, config.vocab_size - 1), config.vocab_size, mask.shape)
+        ids = np.where(mask == 1, tokens, _pad(config))
         feeds = {"input_ids": ids, "attention_mask": mask}
         if "token_type_ids" in interface.inputs:
             feeds["token_type_ids"] = rng.integers(0, config.type_vocab_size, mask.shape)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
-
 from effc.frontends import binding, check, twin
 from effc.frontends.architecture import Architecture, choose
 from effc.frontends.conversions import to_torch
@@ -58,7 +57,8 @@ def compare(
         return f"Not compared with torch: {size} MiB of float32 weights, and a two-layer twin is too large as well."
     note = check.check(stand_in, shadow.interface, filled(shadow.part, random), request.progress)
     limit = check.MEMORY_LIMIT >> 20
-    return f"{note} On a twin of {twin.LAYERS} layers with random weights: the model has {size} MiB, the limit is {limit}."
+    reason = f"the model has {size} MiB, the limit is {limit}"
+    return f"{note} On a twin of {twin.LAYERS} layers with random weights: {reason}."
 
 
 def from_folder(architecture: Architecture, folder: Path, lowered: Lowered) -> Any:

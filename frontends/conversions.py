@@ -14,13 +14,14 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
-
 from effc.errors import InputError
 from effc.frontends.environment import require
 from effc.ir.weights import computed_tensor
 
 
-def to_module(model: Any, stored: Mapping[str, ir.TensorProtocol], rules: Sequence[Any]) -> dict[str, ir.TensorProtocol]:
+def to_module(
+    model: Any, stored: Mapping[str, ir.TensorProtocol], rules: Sequence[Any]
+) -> dict[str, ir.TensorProtocol]:
     """The checkpoint's tensors under the names and in the layout of the module.
 
     Args:
@@ -77,16 +78,18 @@ class _Group:
         """The parameters this group makes, each computed from its sources when asked."""
         torch = require("torch", "Converting a checkpoint")
         try:
-            shapes = self._run(lambda tensor: torch.empty(tuple(tensor.shape), dtype=_torch_dtype(tensor), device="meta"))
+            shapes = self._run(
+                lambda tensor: torch.empty(tuple(tensor.shape), dtype=_torch_dtype(tensor), device="meta")
+            )
         except Exception as error:
             raise InputError(
-                f"{self.target}: its conversion from the checkpoint fails ({type(error).__name__}: {str(error)[:300]}). "
-                "The checkpoint does not fit its config.json."
+                f"{self.target}: its conversion from the checkpoint fails "
+                f"({type(error).__name__}: {str(error)[:300]}). The checkpoint does not fit its config.json."
             ) from error
         return {name: self._lazy(name, fake) for name, fake in shapes.items()}
 
     def _lazy(self, name: str, fake: Any) -> ir.LazyTensor:
-        dtype = _ir_dtype(fake)
+        dtype = ir_dtype(fake)
         return computed_tensor(lambda: to_numpy(self._run(to_torch)[name]), dtype, tuple(fake.shape), name)
 
     def _run(self, load: Callable[[ir.TensorProtocol], Any]) -> dict[str, Any]:
@@ -117,7 +120,8 @@ def _torch_dtype(tensor: ir.TensorProtocol) -> Any:
     return getattr(require("torch", "Reading a tensor"), _TORCH_NAMES[tensor.dtype])
 
 
-def _ir_dtype(tensor: Any) -> ir.DataType:
+def ir_dtype(tensor: Any) -> ir.DataType:
+    """The element type of a torch tensor."""
     return {name: dtype for dtype, name in _TORCH_NAMES.items()}[str(tensor.dtype).removeprefix("torch.")]
 
 
@@ -130,7 +134,8 @@ def to_torch(tensor: ir.TensorProtocol) -> Any:
         return torch.from_numpy(array.reshape(1).view(np.uint8).copy()).view(dtype).reshape(())
     if array.size == 0:
         return torch.empty(array.shape, dtype=dtype)
-    return torch.from_numpy(array.view(np.uint8).copy() if not array.flags.writeable else array.view(np.uint8)).view(dtype)
+    data = array.view(np.uint8)
+    return torch.from_numpy(data if data.flags.writeable else data.copy()).view(dtype)
 
 
 def to_numpy(tensor: Any) -> np.ndarray:

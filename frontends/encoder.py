@@ -56,7 +56,7 @@ def _interface(task: Task, model: Any, inputs: dict[str, Any], axes: Any) -> Int
 
 
 def produced(model: Any, inputs: dict[str, Any]) -> tuple[str, ...]:
-    """Which of `last_hidden_state`, `logits`, `image_embeds`, `text_embeds` the model returns, found on fake tensors."""
+    """Which of last_hidden_state, logits, image_embeds, text_embeds the model returns, found on fake tensors."""
     torch = require("torch", "Importing an encoder")
     from torch._subclasses.fake_tensor import FakeTensorMode
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
-
 from effc.frontends import binding, checked, skeleton, twin
 from effc.frontends.architecture import choose
 from effc.frontends.assets import saved_tokenizer

@@ -1,4 +1,4 @@
-"""One content hash for a model: configuration, and name, size and bytes of every weight file."""
+"""One content hash for a model: configuration or graph, and name, size and bytes of every weight file."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import hashlib
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+
+import onnx_ir as ir
 
 CHUNK = 1 << 22
 
@@ -28,3 +30,24 @@ def start_content_hash(config: bytes, files: Iterable[tuple[str, Path]]) -> Futu
     future = executor.submit(content_hash, config, list(files))
     executor.shutdown(wait=False)
     return future
+
+
+def model_hash(model: ir.Model) -> str:
+    """SHA-256 over the nodes, ports and weights of a model in memory, hexadecimal."""
+    digest = hashlib.sha256()
+    for value in (*model.graph.inputs, *model.graph.outputs):
+        digest.update(f"{value.name}:{value.type}{value.shape}\n".encode())
+    for node in model.graph.all_nodes():
+        ports = [value.name if value is not None else "" for value in (*node.inputs, *node.outputs)]
+        digest.update(f"{node.domain}::{node.op_type} {ports} {sorted(node.attributes)}\n".encode())
+        for _, attribute in sorted(node.attributes.items()):
+            if attribute.type is ir.AttributeType.TENSOR:
+                digest.update(attribute.as_tensor().tobytes())
+            elif attribute.type not in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS):
+                digest.update(repr(attribute.value).encode())
+    for name, value in sorted(model.graph.initializers.items()):
+        tensor = value.const_value
+        if tensor is not None:
+            digest.update(f"{name}:{tensor.dtype.name}{list(tensor.shape)}\n".encode())
+            digest.update(tensor.tobytes())
+    return digest.hexdigest()

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import onnx_ir as ir
 from effc.errors import InputError
 from effc.frontends import assets, binding, checked, conversions, skeleton, twin
-from effc.frontends.architecture import Architecture, choose, load_config
+from effc.frontends.architecture import choose, load_config
 from effc.frontends.environment import offline_and_quiet, require
-from effc.frontends.hashing import start_content_hash
+from effc.frontends.hashing import model_hash, start_content_hash
 from effc.frontends.lowering import PREFIX, Lowered, lower
 from effc.frontends.request import Request
-from effc.frontends.safetensors_index import Checkpoint, read_checkpoint
+from effc.frontends.safetensors_index import read_checkpoint
 from effc.frontends.stored_dtype import keep_or_cast
+from effc.frontends.torch_tensors import weights_of
 from effc.ir.program import Program, Source
 
 CONFIG_LIMIT = 16 << 20
@@ -45,7 +47,7 @@ def _import_checkpoint(
     architecture = choose(config, request.task, str(folder))
     lowered = lower(architecture, request.progress)
     request.progress("binding weights")
-    weights, dtype_notes = keep_or_cast(module_weights(lowered, checkpoint), request.dtype)
+    weights, dtype_notes = keep_or_cast(module_weights(lowered, checkpoint.tensors), request.dtype)
     binding.bind(lowered.graph.graph, PREFIX, lowered.part, weights, str(folder))
     files, asset_notes = assets.collect(folder)
     source = Source("huggingface", request.name, content, files, weight_bytes=checkpoint.nbytes)
@@ -78,12 +80,35 @@ def _import_twin(
     return replace(program, source=source)
 
 
-def module_weights(lowered: Lowered, checkpoint: Checkpoint) -> binding.Weights:
+def import_pretrained(model: Any, request: Request) -> Program:
+    """Import a transformers model in memory; its weights stay there and must not change afterwards.
+
+    Raises:
+        InputError: The architecture is unsupported.
+        ContractError: The graph computes something else than torch.
+    """
+    config = type(model.config).from_dict(model.config.to_dict())
+    config.architectures = [type(model).__name__]
+    architecture = choose(config, request.task, request.name)
+    lowered = lower(architecture, request.progress)
+    weights = module_weights(lowered, weights_of(model.state_dict()).tensors)
+    weights, dtype_notes = keep_or_cast(weights, request.dtype)
+    binding.bind(lowered.graph.graph, PREFIX, lowered.part, weights, request.name)
+    source = Source("memory", request.name, model.config.to_dict(), content_hash=model_hash(lowered.graph))
+    program = Program(lowered.graph, architecture.task, source)
+    notes = [*lowered.interface.notes, *weights.notes, *dtype_notes]
+    if request.check:
+        notes.append(checked.compare(program, lowered, architecture, config, weights, None, request))
+    source = replace(source, weight_bytes=program.weight_bytes(), notes=tuple(notes))
+    return replace(program, source=source)
+
+
+def module_weights(lowered: Lowered, stored: Mapping[str, ir.TensorProtocol]) -> binding.Weights:
     """The checkpoint's tensors under the names of the traced module, ties decided."""
     from transformers.conversion_mapping import get_model_conversion_mapping
 
     whole = lowered.whole
-    tensors = conversions.to_module(whole, checkpoint.tensors, get_model_conversion_mapping(whole))
+    tensors = conversions.to_module(whole, stored, get_model_conversion_mapping(whole))
     weights = binding.resolve_ties(tensors, skeleton.tied_parameters(whole))
     prefix = lowered.part_name
     if not prefix:

@@ -15,7 +15,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import onnx_ir as ir
-
 from effc.errors import InputError
 from effc.ir.weights import file_tensor
 

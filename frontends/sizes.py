@@ -18,29 +18,34 @@ def name_sizes(graph: ir.Graph, names: Iterable[Mapping[int, str]]) -> None:
         graph: Edited in place: the shape of every value.
         names: For each graph input, axis -> name.
     """
-    renamed: dict[str, str] = {}
+    renamed = _new_names(graph, names := list(names))
     for value, axes in zip(graph.inputs, names, strict=True):
-        assert value.shape is not None
-        for axis, name in axes.items():
-            dim = value.shape[axis]
-            if isinstance(dim, ir.SymbolicDim) and dim.value is not None:
-                renamed.setdefault(dim.value, name)
-    for value, axes in zip(graph.inputs, names, strict=True):
-        assert value.shape is not None
+        if value.shape is None:
+            continue
         value.shape = ir.Shape([axes.get(axis, _rename(dim, renamed)) for axis, dim in enumerate(value.shape)])
-    inputs = set(graph.inputs)
     for node in graph.all_nodes():
         for output in node.outputs:
-            if output.shape is not None and output not in inputs:
+            if output.shape is not None:
                 output.shape = ir.Shape([_rename(dim, renamed) for dim in output.shape])
 
 
-def _rename(dim: int | ir.SymbolicDim, renamed: Mapping[str, str]) -> int | str | None:
+def _new_names(graph: ir.Graph, names: list[Mapping[int, str]]) -> dict[str, str | None]:
+    """Old symbol -> name; None for a symbol that stands for two different sizes, which then become unknown."""
+    renamed: dict[str, str | None] = {}
+    for value, axes in zip(graph.inputs, names, strict=True):
+        for axis, name in axes.items():
+            dim = value.shape[axis] if value.shape is not None else 0
+            if isinstance(dim, ir.SymbolicDim) and dim.value is not None:
+                renamed[dim.value] = name if renamed.get(dim.value, name) == name else None
+    return renamed
+
+
+def _rename(dim: int | ir.SymbolicDim, renamed: Mapping[str, str | None]) -> int | str | None:
     if isinstance(dim, int):
         return dim
-    if dim.value is None:
+    if dim.value is None or any(renamed.get(symbol, symbol) is None for symbol in _SYMBOL.findall(dim.value)):
         return None
-    text = _SYMBOL.sub(lambda match: renamed.get(match.group(), match.group()), dim.value)
+    text = _SYMBOL.sub(lambda match: str(renamed.get(match.group(), match.group())), dim.value)
     return normalise(text)
 
 

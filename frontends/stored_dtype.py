@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import numpy as np
 import onnx_ir as ir
-
 from effc.errors import UsageError
 from effc.frontends.binding import Weights
 from effc.ir.weights import computed_tensor
@@ -27,7 +26,8 @@ def parse(dtype: str | None) -> ir.DataType | None:
     if dtype is None:
         return None
     if dtype not in FLOATS:
-        raise UsageError(f"dtype {dtype!r} is unknown; choose {', '.join(FLOATS)}, or leave it out to keep the source's.")
+        choices = ", ".join(FLOATS)
+        raise UsageError(f"dtype {dtype!r} is unknown; choose {choices}, or leave it out to keep the source's.")
     return FLOATS[dtype]
 
 
