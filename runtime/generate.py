@@ -276,7 +276,7 @@ class _Batch:
 
 def _decode(engine: Engine, rows: Sequence[_Row], sampler: Sampler, prefill_chunk: int | None) -> None:
     """Run all rows to their ends."""
-    _check_interface(engine)
+    _check_interface(engine, [row.prompt for row in rows])
     begun = time.perf_counter()
     batch = _Batch(engine, [row.prompt for row in rows], max(row.steps for row in rows))
     logits = batch.prefill(prefill_chunk or _default_chunk(engine, len(rows), batch.width))
@@ -291,7 +291,7 @@ def _decode(engine: Engine, rows: Sequence[_Row], sampler: Sampler, prefill_chun
         logits = batch.step([None if row.finish_reason else row.ids[-1] for row in rows])
 
 
-def _check_interface(engine: Engine) -> None:
+def _check_interface(engine: Engine, prompts: Sequence[Sequence[int]]) -> None:
     known = {"input_ids", "attention_mask", "position_ids"}
     inputs = {port.name for port in engine.manifest.inputs}
     outputs = {port.name for port in engine.manifest.outputs}
@@ -300,15 +300,22 @@ def _check_interface(engine: Engine) -> None:
             f"{engine.folder}: takes {', '.join(sorted(inputs))} and gives {', '.join(sorted(outputs))}; "
             f"generation needs input_ids, optionally attention_mask and position_ids, and {LOGITS}. Use `run`."
         )
+    if len({len(prompt) for prompt in prompts}) > 1 and inputs != known:
+        raise EngineError(
+            f"{engine.folder}: takes no {' and no '.join(sorted(known - inputs))}, so prompts of unequal length cannot "
+            "share a batch. Generate them one at a time."
+        )
 
 
 def _default_chunk(engine: Engine, batch: int, width: int) -> int:
     """All at once, or as many tokens as keep the logits small.
 
-    Only a single row is split: with more, an engine's attention may not take several tokens after others.
+    Several rows are split only where the cache grows: attention in place may refuse several tokens of several rows
+    after others.
     """
     shape = next(port.shape for port in engine.manifest.outputs if port.name == LOGITS)
     vocabulary = shape[-1] if isinstance(shape[-1], int) else 1
-    if batch > 1 or shape[1] == 1:
+    in_place = engine.manifest.cache is not None and engine.manifest.cache.mode == "in-place"
+    if shape[1] == 1 or (batch > 1 and in_place):
         return width
-    return min(width, max(16, LOGITS_LIMIT // (4 * vocabulary)))
+    return min(width, max(16, LOGITS_LIMIT // (4 * vocabulary * batch)))

@@ -9,7 +9,7 @@ import numpy as np
 import onnxruntime as ort
 from effc.errors import EngineError, UsageError
 from effc.runtime.bundle import CacheLayout, CachePort, Port
-from effc.runtime.tensors import storage_dtype, to_host, to_ort
+from effc.runtime.tensors import storage_dtype, to_numpy, to_ort
 
 BLOCK = 64
 """Capacities are multiples of this many tokens."""
@@ -80,7 +80,7 @@ class InPlaceCache(Cache):
             array = self._zeros(port, self.capacity)
             if self.values and length:
                 kept = (slice(None),) * port.shape.index(PAST) + (slice(length),)
-                array[kept] = to_host(self.values[index], port.dtype)[kept]
+                array[kept] = to_numpy(self.values[index], port.dtype)[kept]
             grown.append(to_ort(array, port.dtype, self.device))
         return grown
 

@@ -20,7 +20,7 @@ class Sampling:
 
     Attributes:
         temperature: Divides the logits; 0 takes the largest logit (greedy) and ignores top_k and top_p.
-        top_k: Keep tokens no worse than the k-th best; 0 keeps all.
+        top_k: Keep tokens no worse than the k-th best, so ties may make them more; 0 keeps all.
         top_p: Keep the smallest set of best tokens whose probability reaches top_p (nucleus sampling, Holtzman
             et al. 2020); 1 keeps all. Applies to what top_k left.
         repetition_penalty: Divides positive and multiplies negative logits of tokens already present (Keskar
@@ -105,7 +105,7 @@ def draw(logits: np.ndarray, sampling: Sampling, generator: np.random.Generator)
 
 
 def candidates(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.ndarray]:
-    """The tokens temperature, top-k and top-p leave, best first (equals in order of id), and their weights.
+    """The tokens that temperature, top-k and top-p leave, in order of id, and their weights.
 
     Args:
         logits: float[vocabulary].
@@ -116,35 +116,40 @@ def candidates(logits: np.ndarray, sampling: Sampling) -> tuple[np.ndarray, np.n
     """
     tokens = np.arange(logits.size)
     if 0 < sampling.top_k < logits.size:
-        tokens = _at_least_as_good_as_rank(logits, sampling.top_k)
+        tokens = np.flatnonzero(logits >= _value_of_rank(logits, sampling.top_k))
     weights = _weights(logits[tokens] if tokens.size < logits.size else logits, sampling.temperature)
     if sampling.top_p < 1.0:
         kept = nucleus(weights, sampling.top_p)
-    else:
-        kept = np.argsort(-weights, kind="stable")
-    return tokens[kept], weights[kept].astype(np.float64)
+        tokens, weights = tokens[kept], weights[kept]
+    return tokens, weights.astype(np.float64)
 
 
 def nucleus(weights: np.ndarray, top_p: float) -> np.ndarray:
-    """Indices of the smallest set of largest weights that makes up `top_p` of their sum, largest first.
+    """Indices, ascending, of the smallest set of largest weights that makes up `top_p` of their sum.
 
-    Looks at the best few hundred only, and at more when they are not enough, so a vocabulary is rarely sorted.
+    Of equal weights at the border the first are taken. Looks at the best few hundred only, and at more when they
+    are not enough; only values are sorted, which is much faster than sorting indices.
     """
     target = top_p * weights.sum(dtype=np.float64)
-    count = FIRST_NUCLEUS
+    rank = FIRST_NUCLEUS
     while True:
-        best = _at_least_as_good_as_rank(weights, count) if count < weights.size else np.arange(weights.size)
-        best = best[np.argsort(-weights[best], kind="stable")]
-        cumulative = np.cumsum(weights[best], dtype=np.float64)
-        if cumulative[-1] >= target or best.size == weights.size:
-            return best[: int(np.searchsorted(cumulative, target)) + 1]
-        count *= 16
+        complete = rank >= weights.size
+        best = weights if complete else weights[weights >= _value_of_rank(weights, rank)]
+        descending = np.sort(best)[::-1]
+        cumulative = np.cumsum(descending, dtype=np.float64)
+        if complete or cumulative[-1] >= target:
+            break
+        rank *= 16
+    count = min(int(np.searchsorted(cumulative, target)) + 1, descending.size)
+    border = descending[count - 1]
+    above = np.flatnonzero(weights > border)
+    equal = np.flatnonzero(weights == border)[: count - above.size]
+    return np.sort(np.concatenate([above, equal]))
 
 
-def _at_least_as_good_as_rank(values: np.ndarray, rank: int) -> np.ndarray:
-    """Indices, ascending, of all values not below the rank-th largest; ties may make them more than `rank`."""
-    threshold = np.partition(values, values.size - rank)[values.size - rank]
-    return np.flatnonzero(values >= threshold)
+def _value_of_rank(values: np.ndarray, rank: int) -> np.floating:
+    """The rank-th largest value."""
+    return np.partition(values, values.size - rank)[values.size - rank]
 
 
 def _weights(logits: np.ndarray, temperature: float) -> np.ndarray:

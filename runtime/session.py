@@ -16,7 +16,7 @@ from effc.runtime.bundle import CachePort, Manifest, Port, check_files, read_man
 from effc.runtime.embed import embed
 from effc.runtime.generate import Generation, generate
 from effc.runtime.kv_state import KvState, port_shape
-from effc.runtime.tensors import check_feeds, storage_dtype, to_host, to_ort
+from effc.runtime.tensors import check_feeds, storage_dtype, to_numpy, to_ort
 from effc.runtime.threads import default_threads
 from effc.runtime.tokenizer import Tokenizer
 
@@ -222,7 +222,7 @@ class Engine:
             results = session.run_with_ort_values(list(wanted), values)
         except Exception as error:  # onnxruntime's errors have no common base of their own
             raise EngineError(f"{self.folder}: the engine failed while running: {error}") from error
-        return {name: to_host(value, dtype) for (name, dtype), value in zip(wanted.items(), results)}
+        return {name: to_numpy(value, dtype) for (name, dtype), value in zip(wanted.items(), results)}
 
     def new_state(self, batch: int, *, max_length: int | None = None) -> KvState:
         """An empty cache for a batch, to run the engine step by step.

@@ -37,13 +37,14 @@ def to_ort(array: np.ndarray, dtype: str, device: str = "cpu") -> ort.OrtValue:
     return ort.OrtValue.ortvalue_from_numpy(array, device)
 
 
-def to_host(value: ort.OrtValue, dtype: str) -> np.ndarray:
-    """A copy of the tensor's content in its storage dtype.
+def to_numpy(value: ort.OrtValue, dtype: str) -> np.ndarray:
+    """The tensor as an array in its storage dtype.
 
-    A copy, because an array made from an OrtValue that shares a numpy array's memory does not keep that alive.
+    Nothing is copied from memory onnxruntime allocated, and the array keeps that alive. An array of an OrtValue made by
+    `to_ort` lives only as long as that OrtValue.
     """
     if dtype not in WITHOUT_NUMPY:
-        return np.array(value.numpy())
+        return value.numpy()
     carrier = np.dtype(WITHOUT_NUMPY[dtype][0])
     buffer = (ctypes.c_byte * value.tensor_size_in_bytes()).from_address(value.data_ptr())
     return np.frombuffer(buffer, carrier).reshape(value.shape()).copy()

@@ -168,6 +168,25 @@ def test_inputs_a_graph_lacks_are_not_fed(make_lm: MakeLm) -> None:
             engine.generate("a")
 
 
+def test_unequal_prompts_need_a_mask_and_positions(make_lm: MakeLm, lm_oracle: Any) -> None:
+    with load(make_lm(config=NO_EOS)) as engine:
+        object.__setattr__(engine.manifest, "inputs", engine.manifest.inputs[:2])
+        with pytest.raises(EngineError, match="takes no position_ids"):
+            engine.generate(["a", "bc"])
+
+
+def test_several_rows_in_chunks_say_what_the_attention_cannot(make_lm: MakeLm) -> None:
+    with load(make_lm("growing", config=NO_EOS)) as engine:
+        whole = engine.generate(["abcde", "fghijkl"], max_new_tokens=4)
+        chunked = engine.generate(["abcde", "fghijkl"], max_new_tokens=4, prefill_chunk=3)
+        assert [row.token_ids for row in whole] == [row.token_ids for row in chunked]
+    with load(make_lm("in-place", config=NO_EOS)) as engine:
+        by_one = engine.generate(["abcde", "fghijkl"], max_new_tokens=4, prefill_chunk=1)
+        assert [row.token_ids for row in whole] == [row.token_ids for row in by_one]
+        with pytest.raises(EngineError, match="batch_size must be 1"):
+            engine.generate(["abcde", "fghijkl"], max_new_tokens=4, prefill_chunk=3)
+
+
 WRONG: list[tuple[Any, dict[str, Any], str]] = [
     ("", {}, "prompt 0 is empty"),
     (["a", ""], {}, "prompt 1 is empty"),

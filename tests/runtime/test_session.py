@@ -236,6 +236,19 @@ def heavy_engine(request: pytest.FixtureRequest, make_engine: MakeEngine) -> Pat
     return folder
 
 
+def test_weights_outside_the_folder_are_not_read(heavy_engine: Path) -> None:
+    outside = heavy_engine.parent / "outside.bin"
+    (heavy_engine / "weights.bin").rename(outside)
+    for location in ("../outside.bin", str(outside)):
+        model = onnx.load(heavy_engine / "model.onnx", load_external_data=False)
+        for tensor in model.graph.initializer:
+            for entry in tensor.external_data:
+                entry.value = location if entry.key == "location" else entry.value
+        (heavy_engine / "model.onnx").write_bytes(model.SerializeToString())
+        with pytest.raises(EngineError, match="refuses it"):
+            load(heavy_engine, check=False)
+
+
 MEMORY = """
 import sys, time
 import numpy
