@@ -12,7 +12,7 @@ from pathlib import Path
 
 from effc.errors import MissingDependencyError
 
-__all__ = ["available_isas", "isa", "library_path", "load", "read_bandwidth", "select_isa"]
+__all__ = ["available_isas", "isa", "library_path", "live_weights", "load", "read_bandwidth", "select_isa"]
 
 _ABI_VERSION = 1
 
@@ -50,6 +50,7 @@ def load() -> ctypes.CDLL:
         raise MissingDependencyError(
             f"{path} has interface version {version}, this effc needs {_ABI_VERSION} — build the kernels again"
         )
+    library.effc_live_weights.restype = ctypes.c_int64
     library.effc_read_bandwidth.restype = ctypes.c_double
     for name in ("effc_isa_list", "effc_isa", "effc_last_error"):
         getattr(library, name).restype = ctypes.c_char_p
@@ -90,3 +91,8 @@ def read_bandwidth(nbytes: int = 1 << 29, threads: int = 2, rounds: int = 5) -> 
     if result < 0:
         raise MemoryError(f"no buffer of {nbytes} bytes for the bandwidth measurement")
     return result
+
+
+def live_weights() -> int:
+    """Weights that open onnxruntime sessions hold; nodes that share initializers count once."""
+    return int(load().effc_live_weights())

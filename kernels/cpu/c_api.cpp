@@ -8,6 +8,7 @@
 #include "cpu/isa.h"
 #include "cpu/parallel.h"
 #include "cpu/weight.h"
+#include "ort/shared_weight.h"
 
 #define EFFC_EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -172,4 +173,9 @@ EFFC_EXPORT int32_t effc_widen(const void* weight, int64_t begin, int64_t end, f
 // Bytes per second of the best of `rounds` threaded reads; negative on failure.
 EFFC_EXPORT double effc_read_bandwidth(int64_t bytes, int32_t threads, int32_t rounds) {
   return Guard(-1.0, [&] { return effc::ReadBandwidth(bytes, threads, rounds); });
+}
+
+// Weights held by kernels of open onnxruntime sessions; tied nodes count once.
+EFFC_EXPORT int64_t effc_live_weights() {
+  return Guard(int64_t{-1}, [] { return effc::ort::LiveWeights(); });
 }

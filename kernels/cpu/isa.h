@@ -13,7 +13,6 @@ namespace effc {
 struct Kernels {
   const char* name;
   int lanes;
-  int direct_rows;  // rows of x up to which `product` beats widening and a dense MatMul
   // y[i * y_stride + row] = dot(x row i, weight row) for `m` rows of x and rows [begin, end).
   // `scratch` holds ScratchFloats(columns, m) floats.
   void (*product)(const WeightView& weight, const float* x, int64_t x_stride, int64_t m,
@@ -40,8 +39,14 @@ inline int64_t PaddedColumns(int64_t columns) { return (columns + kTile - 1) / k
 // Rows of x up to which a product accumulates in four registers a dot.
 constexpr int64_t kFewRows = 4;
 
+// Weight rows unpacked at a time for more rows of x: a panel that stays in the second-level cache.
+inline int64_t PanelRows(int64_t columns) {
+  const int64_t fitting = (int64_t{1} << 17) / PaddedColumns(columns) / 4 * 4;
+  return fitting < 4 ? 4 : fitting > 64 ? 64 : fitting;
+}
+
 inline int64_t ScratchFloats(int64_t columns, int64_t m) {
-  return m > kFewRows ? 4 * PaddedColumns(columns) : 0;
+  return m > kFewRows ? PanelRows(columns) * PaddedColumns(columns) : 0;
 }
 
 // Copies rows of x into the element order of the kernels, zero-padded to PaddedColumns.

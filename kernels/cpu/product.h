@@ -103,21 +103,16 @@ EFFC_INLINE void DenseTile(const float* w, int64_t w_stride, const float* x, int
   });
 }
 
-template <class V, int kRows>
-void DenseRows(const float* w, int64_t w_stride, const float* x, int64_t x_stride, int64_t m,
-               int64_t length, float* y, int64_t y_stride) {
-  int64_t i = 0;
-  for (; i + V::kTileWidth <= m; i += V::kTileWidth) {
-    DenseTile<V, kRows, V::kTileWidth>(w, w_stride, x + i * x_stride, x_stride, length,
-                                       y + i * y_stride, y_stride);
+// A panel of unpacked weight rows against kM rows of x.
+template <class V, int kM>
+EFFC_INLINE void DensePanel(const float* w, int64_t w_stride, int64_t rows, const float* x,
+                            int64_t x_stride, int64_t length, float* y, int64_t y_stride) {
+  int64_t r = 0;
+  for (; r + 4 <= rows; r += 4) {
+    DenseTile<V, 4, kM>(w + r * w_stride, w_stride, x, x_stride, length, y + r, y_stride);
   }
-  for (; i + 2 <= m; i += 2) {
-    DenseTile<V, kRows, 2>(w, w_stride, x + i * x_stride, x_stride, length, y + i * y_stride,
-                           y_stride);
-  }
-  for (; i < m; ++i) {
-    DenseTile<V, kRows, 1>(w, w_stride, x + i * x_stride, x_stride, length, y + i * y_stride,
-                           y_stride);
+  for (; r < rows; ++r) {
+    DenseTile<V, 1, kM>(w + r * w_stride, w_stride, x, x_stride, length, y + r, y_stride);
   }
 }
 
@@ -130,22 +125,26 @@ void UnpackRow(const WeightView& w, int64_t row, float* out) {
   });
 }
 
-// Any number of rows of x: each weight row is unpacked once, then used by all of them.
+// Any number of rows of x: panels of the weight are unpacked once, then used by all of them. A dot
+// is one accumulator along the row, so the cut into panels and tiles does not change any bit.
 template <class V, class Reader>
 void ManyRows(const WeightView& w, const float* x, int64_t x_stride, int64_t m, int64_t begin,
               int64_t end, float* y, int64_t y_stride, float* scratch) {
   const int64_t stride = PaddedColumns(w.columns);
   const int64_t length = (w.columns + kBlock<V> - 1) / kBlock<V> * kBlock<V>;
-  for (int64_t row = begin; row < end; row += 4) {
-    const int64_t rows = end - row < 4 ? end - row : 4;
+  const int64_t panel = PanelRows(w.columns);
+  for (int64_t row = begin; row < end; row += panel) {
+    const int64_t rows = end - row < panel ? end - row : panel;
     for (int64_t r = 0; r < rows; ++r) UnpackRow<V, Reader>(w, row + r, scratch + r * stride);
-    if (rows == 4) {
-      DenseRows<V, 4>(scratch, stride, x, x_stride, m, length, y + row, y_stride);
-    } else {
-      for (int64_t r = 0; r < rows; ++r) {
-        DenseRows<V, 1>(scratch + r * stride, stride, x, x_stride, m, length, y + row + r,
-                        y_stride);
-      }
+    float* const out = y + row;
+    int64_t i = 0;
+    for (; i + V::kTileWidth <= m; i += V::kTileWidth) {
+      DensePanel<V, V::kTileWidth>(scratch, stride, rows, x + i * x_stride, x_stride, length,
+                                   out + i * y_stride, y_stride);
+    }
+    for (; i < m; ++i) {
+      DensePanel<V, 1>(scratch, stride, rows, x + i * x_stride, x_stride, length,
+                       out + i * y_stride, y_stride);
     }
   }
 }

@@ -11,7 +11,7 @@ constexpr int64_t kAhead = 8192;  // bytes between use and prefetch of a word pl
 struct Avx2 {
   using Vec = __m256;
   static constexpr int kLanes = 8;
-  static constexpr int kTileWidth = 2;  // rows of x in a dense tile
+  static constexpr int kTileWidth = 3;  // rows of x in a dense tile
   static EFFC_INLINE Vec Zero() { return _mm256_setzero_ps(); }
   static EFFC_INLINE Vec Load(const float* p) { return _mm256_loadu_ps(p); }
   static EFFC_INLINE void Store(float* p, Vec v) { _mm256_storeu_ps(p, v); }
@@ -292,6 +292,6 @@ struct Reader<Layout::kRank3, kType> {
 
 }  // namespace
 
-const Kernels kAvx2Kernels = {"avx2", Avx2::kLanes, 16, Product<Avx2, Reader>, Widen<Avx2, Reader>};
+const Kernels kAvx2Kernels = {"avx2", Avx2::kLanes, Product<Avx2, Reader>, Widen<Avx2, Reader>};
 
 }  // namespace effc

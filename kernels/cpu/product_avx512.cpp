@@ -316,7 +316,7 @@ struct Reader<Layout::kRank3, kType> {
 
 }  // namespace
 
-const Kernels kAvx512Kernels = {"avx512", Avx512::kLanes, 32, Product<Avx512, Reader>,
+const Kernels kAvx512Kernels = {"avx512", Avx512::kLanes, Product<Avx512, Reader>,
                                 Widen<Avx512, Reader>};
 
 }  // namespace effc

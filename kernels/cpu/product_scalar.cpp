@@ -114,7 +114,7 @@ struct Reader<Layout::kRaw, kType> : OneByOne<Reader<Layout::kRaw, kType>> {
 
 }  // namespace
 
-const Kernels kScalarKernels = {"scalar", Scalar::kLanes, 4, Product<Scalar, Reader>,
+const Kernels kScalarKernels = {"scalar", Scalar::kLanes, Product<Scalar, Reader>,
                                 Widen<Scalar, Reader>};
 
 }  // namespace effc

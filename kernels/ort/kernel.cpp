@@ -13,55 +13,14 @@ namespace {
 // Weights in one task of a direct product: some ten microseconds.
 constexpr int64_t kTaskWeights = 1 << 17;
 
-// A buffer from onnxruntime's arena.
-class Buffer {
- public:
-  Buffer(const Api& api, OrtAllocator* allocator, int64_t floats)
-      : api_(api), allocator_(allocator) {
-    void* data = nullptr;
-    if (OrtStatus* status = api.AllocatorAlloc(allocator, floats * sizeof(float), &data)) {
-      api.ReleaseStatus(status);
-    }
-    if (data == nullptr) throw Error("out of memory for a panel of the weight");
-    data_ = static_cast<float*>(data);
-  }
-  ~Buffer() {
-    if (OrtStatus* status = api_.AllocatorFree(allocator_, data_)) api_.ReleaseStatus(status);
-  }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  float* data() const { return data_; }
+// Larger copies of x are freed after the product.
+constexpr int64_t kKeptFloats = 1 << 20;
 
- private:
-  const Api& api_;
-  OrtAllocator* allocator_;
-  float* data_;
-};
-
-// A tensor over memory of ours.
-class BorrowedValue {
- public:
-  BorrowedValue(const Api& api, const OrtMemoryInfo* memory, float* data, int64_t rows,
-                int64_t columns)
-      : api_(api) {
-    const int64_t dims[2] = {rows, columns};
-    OrtStatus* status =
-        api.CreateTensorWithData(memory, data, static_cast<size_t>(rows * columns) * sizeof(float),
-                                 dims, size_t{2}, int32_t{kFloat}, &value_);
-    if (status != nullptr) {
-      api.ReleaseStatus(status);
-      throw Error("onnxruntime could not wrap a panel of the weight");
-    }
-  }
-  ~BorrowedValue() { api_.ReleaseValue(value_); }
-  BorrowedValue(const BorrowedValue&) = delete;
-  BorrowedValue& operator=(const BorrowedValue&) = delete;
-  OrtValue* get() const { return value_; }
-
- private:
-  const Api& api_;
-  OrtValue* value_ = nullptr;
-};
+float* PermuteScratch(int64_t floats) {
+  thread_local std::vector<float> scratch;
+  if (static_cast<int64_t>(scratch.size()) < floats) scratch.resize(floats);
+  return scratch.data();
+}
 
 float* ThreadScratch(int64_t floats) {
   thread_local std::vector<float> scratch;
@@ -227,53 +186,6 @@ void WeightKernel::Parallel(const OrtKernelContext* context, int64_t count, int6
   if (shared.failed) throw Error(shared.message);
 }
 
-MatMulKernel::MatMulKernel(OrtApi* table, const OrtKernelInfo* info)
-    : WeightKernel(table, info, kName, 1) {
-  try {
-    MakeDense(info);
-  } catch (const Error& error) {
-    throw Error(where_ + error.what());
-  }
-}
-
-void MatMulKernel::MakeDense(const OrtKernelInfo* info) {
-  Check(api_.KernelInfoGetAllocator(info, int32_t{0}, &allocator_));
-  Check(api_.CreateCpuMemoryInfo(int32_t{0}, int32_t{0}, &memory_));
-  const float alpha = 1;
-  const int64_t flags[2] = {0, 1};
-  struct Attribute {
-    const char* name;
-    const void* data;
-    int32_t type;
-  };
-  const Attribute list[] = {{"alpha", &alpha, kFloatAttr},
-                            {"transA", &flags[0], kInt},
-                            {"transB", &flags[1], kInt},
-                            {"transBatchA", &flags[0], kInt},
-                            {"transBatchB", &flags[0], kInt}};
-  OrtOpAttr* attributes[5] = {};
-  OrtStatus* status = nullptr;
-  for (int i = 0; i < 5 && status == nullptr; ++i) {
-    status = api_.CreateOpAttr(list[i].name, list[i].data, 1, list[i].type, &attributes[i]);
-  }
-  if (status == nullptr) {
-    const char* constraint = "T";
-    const int32_t type = kFloat;
-    status = api_.CreateOp(info, "FusedMatMul", "com.microsoft", 1, &constraint, &type, 1,
-                           attributes, 5, 2, 1, &dense_);
-  }
-  for (OrtOpAttr* attribute : attributes) {
-    if (attribute != nullptr) api_.ReleaseOpAttr(attribute);
-  }
-  Check(status);
-}
-
-MatMulKernel::~MatMulKernel() {
-  if (dense_ != nullptr) api_.ReleaseOp(dense_);
-  if (memory_ != nullptr) api_.ReleaseMemoryInfo(memory_);
-  if (allocator_ != nullptr) api_.ReleaseAllocator(allocator_);
-}
-
 void MatMulKernel::Compute(OrtKernelContext* context) const {
   std::vector<int64_t> dims;
   const Tensor x = Input(context, 0, &dims);
@@ -288,50 +200,31 @@ void MatMulKernel::Compute(OrtKernelContext* context) const {
   if (m == 0 || spec_.rows == 0) return;
   if (spec_.columns == 0) {
     std::memset(y, 0, static_cast<size_t>(m * spec_.rows) * sizeof(float));
-  } else if (m <= kernels_->direct_rows) {
-    Direct(context, x.as<float>(), m, y);
   } else {
-    Panels(context, x.as<float>(), m, y);
+    Multiply(context, x.as<float>(), m, y);
   }
 }
 
-void MatMulKernel::Direct(const OrtKernelContext* context, const float* x, int64_t m,
-                          float* y) const {
-  thread_local std::vector<float> permuted;
+void MatMulKernel::Multiply(const OrtKernelContext* context, const float* x, int64_t m,
+                            float* y) const {
   const int64_t stride = PaddedColumns(spec_.columns);
-  if (static_cast<int64_t>(permuted.size()) < m * stride) permuted.resize(m * stride);
-  PermuteX(x, m, spec_.columns, kernels_->lanes, permuted.data());
-  const float* shared_x = permuted.data();
-  const int64_t wanted = kTaskWeights / (spec_.columns * (1 + m / 8));
-  const int64_t grain = std::max({int64_t{4}, wanted, spec_.rows / 256}) / 4 * 4;
-  Parallel(context, spec_.rows, grain, [&](int64_t begin, int64_t end) {
-    kernels_->product(weight_->view, shared_x, stride, m, begin, end, y, spec_.rows,
+  std::vector<float> large;
+  float* const permuted = m * stride <= kKeptFloats ? PermuteScratch(m * stride)
+                                                    : (large.resize(m * stride), large.data());
+  const int64_t x_grain = std::max<int64_t>(1, kTaskWeights / stride);
+  Parallel(context, m, x_grain, [&](int64_t begin, int64_t end) {
+    PermuteX(x + begin * spec_.columns, end - begin, spec_.columns, kernels_->lanes,
+             permuted + begin * stride);
+  });
+  Parallel(context, spec_.rows, Grain(m), [&](int64_t begin, int64_t end) {
+    kernels_->product(weight_->view, permuted, stride, m, begin, end, y, spec_.rows,
                       ThreadScratch(ScratchFloats(spec_.columns, m)));
   });
 }
 
-void MatMulKernel::Panels(const OrtKernelContext* context, const float* x, int64_t m,
-                          float* y) const {
-  const int64_t grain = spec_.rows <= 2048 ? 128 : 256;
-  Parallel(context, spec_.rows, grain,
-           [&](int64_t begin, int64_t end) { Panel(context, x, m, begin, end, y); });
-}
-
-void MatMulKernel::Panel(const OrtKernelContext* context, const float* x, int64_t m, int64_t begin,
-                         int64_t end, float* y) const {
-  const int64_t rows = end - begin;
-  const Buffer panel(api_, allocator_, rows * spec_.columns);
-  const Buffer product(api_, allocator_, m * rows);
-  kernels_->widen(weight_->view, begin, end, panel.data(), spec_.columns);
-  const BorrowedValue a(api_, memory_, const_cast<float*>(x), m, spec_.columns);
-  const BorrowedValue b(api_, memory_, panel.data(), rows, spec_.columns);
-  const BorrowedValue c(api_, memory_, product.data(), m, rows);
-  const OrtValue* inputs[2] = {a.get(), b.get()};
-  OrtValue* outputs[1] = {c.get()};
-  Check(api_.InvokeOp(context, dense_, inputs, 2, outputs, 1));
-  for (int64_t i = 0; i < m; ++i) {
-    std::memcpy(y + i * spec_.rows + begin, product.data() + i * rows, rows * sizeof(float));
-  }
+int64_t MatMulKernel::Grain(int64_t m) const {
+  if (m > kFewRows) return std::max(PanelRows(spec_.columns), spec_.rows / 1024 / 4 * 4);
+  return std::max({int64_t{1}, kTaskWeights / spec_.columns, spec_.rows / 256});
 }
 
 void GatherKernel::Compute(OrtKernelContext* context) const {

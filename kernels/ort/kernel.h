@@ -44,22 +44,12 @@ class WeightKernel {
 class MatMulKernel : public WeightKernel {
  public:
   static constexpr const char* kName = "CodedMatMul";
-  MatMulKernel(OrtApi* table, const OrtKernelInfo* info);
-  ~MatMulKernel();
-  MatMulKernel(const MatMulKernel&) = delete;
-  MatMulKernel& operator=(const MatMulKernel&) = delete;
+  MatMulKernel(OrtApi* table, const OrtKernelInfo* info) : WeightKernel(table, info, kName, 1) {}
   void Compute(OrtKernelContext* context) const;
 
  private:
-  void MakeDense(const OrtKernelInfo* info);
-  void Direct(const OrtKernelContext* context, const float* x, int64_t m, float* y) const;
-  void Panels(const OrtKernelContext* context, const float* x, int64_t m, float* y) const;
-  void Panel(const OrtKernelContext* context, const float* x, int64_t m, int64_t begin, int64_t end,
-             float* y) const;
-
-  OrtAllocator* allocator_ = nullptr;
-  OrtMemoryInfo* memory_ = nullptr;
-  OrtOp* dense_ = nullptr;
+  void Multiply(const OrtKernelContext* context, const float* x, int64_t m, float* y) const;
+  int64_t Grain(int64_t m) const;  // weight rows in one task
 };
 
 // Chosen rows of the weight, widened.

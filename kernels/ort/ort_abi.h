@@ -12,9 +12,6 @@ struct OrtKernelInfo;
 struct OrtKernelContext;
 struct OrtSessionOptions;
 struct OrtCustomOpDomain;
-struct OrtMemoryInfo;
-struct OrtAllocator;
-struct OrtOp;
 struct OrtOpAttr;
 struct OrtTensorTypeAndShapeInfo;
 struct OrtShapeInferContext;
@@ -64,7 +61,7 @@ constexpr uint32_t kApiVersion = 18;
 enum ErrorCode : int32_t { kFail = 1, kInvalidArgument = 2, kRuntimeException = 6 };
 enum ElementType : int32_t { kUndefined = 0, kFloat = 1, kInt32 = 6, kInt64 = 7 };
 enum Characteristic : int32_t { kRequired = 0, kOptional = 1, kVariadic = 2 };
-enum OpAttrType : int32_t { kInt = 1, kFloatAttr = 3, kString = 5 };
+enum OpAttrType : int32_t { kInt = 1 };
 
 // Typed access to the slots in use.
 class Api {
@@ -83,8 +80,6 @@ class Api {
   EFFC_ORT_SLOT(26, CreateCustomOpDomain, OrtStatus*, const char*, OrtCustomOpDomain**)
   EFFC_ORT_SLOT(27, CustomOpDomainAdd, OrtStatus*, OrtCustomOpDomain*, const OrtCustomOp*)
   EFFC_ORT_SLOT(28, AddCustomOpDomain, OrtStatus*, OrtSessionOptions*, OrtCustomOpDomain*)
-  EFFC_ORT_SLOT(49, CreateTensorWithData, OrtStatus*, const OrtMemoryInfo*, void*, size_t,
-                const int64_t*, size_t, int32_t, OrtValue**)
   EFFC_ORT_SLOT(51, GetTensorMutableData, OrtStatus*, OrtValue*, void**)
   EFFC_ORT_SLOT(57, CreateTensorTypeAndShapeInfo, OrtStatus*, Info**)
   EFFC_ORT_SLOT(58, SetTensorElementType, OrtStatus*, Info*, int32_t)
@@ -94,9 +89,6 @@ class Api {
   EFFC_ORT_SLOT(62, GetDimensions, OrtStatus*, const Info*, int64_t*, size_t)
   EFFC_ORT_SLOT(63, GetSymbolicDimensions, OrtStatus*, const Info*, const char**, size_t)
   EFFC_ORT_SLOT(65, GetTensorTypeAndShape, OrtStatus*, const OrtValue*, Info**)
-  EFFC_ORT_SLOT(69, CreateCpuMemoryInfo, OrtStatus*, int32_t, int32_t, OrtMemoryInfo**)
-  EFFC_ORT_SLOT(75, AllocatorAlloc, OrtStatus*, OrtAllocator*, size_t, void**)
-  EFFC_ORT_SLOT(76, AllocatorFree, OrtStatus*, OrtAllocator*, void*)
   EFFC_ORT_SLOT(86, KernelInfoGetAttributeInt, OrtStatus*, const OrtKernelInfo*, const char*,
                 int64_t*)
   EFFC_ORT_SLOT(87, KernelInfoGetAttributeString, OrtStatus*, const OrtKernelInfo*, const char*,
@@ -106,17 +98,7 @@ class Api {
   EFFC_ORT_SLOT(91, KernelContextGetOutput, OrtStatus*, OrtKernelContext*, size_t, const int64_t*,
                 size_t, OrtValue**)
   EFFC_ORT_SLOT(93, ReleaseStatus, void, OrtStatus*)
-  EFFC_ORT_SLOT(94, ReleaseMemoryInfo, void, OrtMemoryInfo*)
-  EFFC_ORT_SLOT(96, ReleaseValue, void, OrtValue*)
   EFFC_ORT_SLOT(99, ReleaseTensorTypeAndShapeInfo, void, Info*)
-  EFFC_ORT_SLOT(132, ReleaseAllocator, void, OrtAllocator*)
-  EFFC_ORT_SLOT(211, CreateOpAttr, OrtStatus*, const char*, const void*, int, int32_t, OrtOpAttr**)
-  EFFC_ORT_SLOT(212, ReleaseOpAttr, void, OrtOpAttr*)
-  EFFC_ORT_SLOT(213, CreateOp, OrtStatus*, const OrtKernelInfo*, const char*, const char*, int,
-                const char**, const int32_t*, int, const OrtOpAttr* const*, int, int, int, OrtOp**)
-  EFFC_ORT_SLOT(214, InvokeOp, OrtStatus*, const OrtKernelContext*, const OrtOp*,
-                const OrtValue* const*, int, OrtValue* const*, int)
-  EFFC_ORT_SLOT(215, ReleaseOp, void, OrtOp*)
   EFFC_ORT_SLOT(230, KernelInfoGetInputCount, OrtStatus*, const OrtKernelInfo*, size_t*)
   EFFC_ORT_SLOT(244, KernelInfoGetNodeName, OrtStatus*, const OrtKernelInfo*, char*, size_t*)
   EFFC_ORT_SLOT(249, KernelInfoGetConstantInputTensor, OrtStatus*, const OrtKernelInfo*, size_t,
@@ -132,8 +114,6 @@ class Api {
   EFFC_ORT_SLOT(272, ReadOpAttr, OrtStatus*, const OrtOpAttr*, int32_t, void*, size_t, size_t*)
   EFFC_ORT_SLOT(274, KernelContextParallelFor, OrtStatus*, const OrtKernelContext*,
                 void (*)(void*, size_t), size_t, size_t, void*)
-  EFFC_ORT_SLOT(278, KernelInfoGetAllocator, OrtStatus*, const OrtKernelInfo*, int32_t,
-                OrtAllocator**)
 #undef EFFC_ORT_SLOT
 
  private:

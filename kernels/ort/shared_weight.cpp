@@ -19,6 +19,17 @@ namespace {
 
 using Key = std::tuple<Layout, Layout, Type, int64_t, int64_t, std::vector<const void*>>;
 
+struct Cache {
+  std::mutex mutex;
+  std::map<Key, std::weak_ptr<const RuntimeWeight>> weights;
+};
+
+// Never destroyed: sessions may close while the process ends.
+Cache& GlobalCache() {
+  static Cache& cache = *new Cache;
+  return cache;
+}
+
 int LoadThreads() {
   return std::clamp(static_cast<int>(std::thread::hardware_concurrency()), 1, 16);
 }
@@ -75,21 +86,27 @@ std::unique_ptr<RuntimeWeight> Load(const Spec& spec, Layout layout, Layout runt
 
 std::shared_ptr<const RuntimeWeight> SharedWeight(const Spec& spec, Layout layout,
                                                   const std::vector<Tensor>& tensors) {
-  static std::mutex mutex;
-  static auto& cache = *new std::map<Key, std::weak_ptr<const RuntimeWeight>>;
   CheckTensors(spec, layout, tensors.data(), tensors.size());
   const Layout runtime = layout == Layout::kHuffman ? RuntimeLayout(spec) : layout;
   std::vector<const void*> pointers;
   for (const Tensor& tensor : tensors) pointers.push_back(tensor.data);
   const Key key{layout, runtime, spec.dtype, spec.rows, spec.columns, std::move(pointers)};
-  const std::lock_guard<std::mutex> lock(mutex);
-  std::erase_if(cache, [](const auto& entry) { return entry.second.expired(); });
-  if (const auto found = cache.find(key); found != cache.end()) {
+  Cache& cache = GlobalCache();
+  const std::lock_guard<std::mutex> lock(cache.mutex);
+  std::erase_if(cache.weights, [](const auto& entry) { return entry.second.expired(); });
+  if (const auto found = cache.weights.find(key); found != cache.weights.end()) {
     if (auto weight = found->second.lock()) return weight;
   }
   std::shared_ptr<const RuntimeWeight> weight = Load(spec, layout, runtime, tensors);
-  cache[key] = weight;
+  cache.weights[key] = weight;
   return weight;
+}
+
+int64_t LiveWeights() {
+  Cache& cache = GlobalCache();
+  const std::lock_guard<std::mutex> lock(cache.mutex);
+  return std::count_if(cache.weights.begin(), cache.weights.end(),
+                       [](const auto& entry) { return !entry.second.expired(); });
 }
 
 }  // namespace effc::ort

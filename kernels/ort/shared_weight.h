@@ -14,4 +14,7 @@ namespace effc::ort {
 std::shared_ptr<const RuntimeWeight> SharedWeight(const Spec& spec, Layout layout,
                                                   const std::vector<Tensor>& tensors);
 
+// Weights that kernels of open sessions hold now.
+int64_t LiveWeights();
+
 }  // namespace effc::ort
