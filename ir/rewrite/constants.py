@@ -45,9 +45,11 @@ def integers(value: ir.Value | None) -> tuple[int, ...] | None:
 def new_constant(graph: ir.Graph, array: np.ndarray, hint: str = "constant") -> ir.Value:
     """A new initializer with this content and a free name that starts with `hint`."""
     number = len(graph.initializers)
-    while f"{hint}_{number}" in graph.initializers:
+    name = f"{hint}_{number}" if hint == "constant" else hint
+    while name in graph.initializers:
         number += 1
-    return named_constant(graph, ir.tensor(np.ascontiguousarray(array).reshape(array.shape)), f"{hint}_{number}")
+        name = f"{hint}_{number}"
+    return named_constant(graph, ir.tensor(np.ascontiguousarray(array).reshape(array.shape)), name)
 
 
 def named_constant(graph: ir.Graph, tensor: ir.TensorProtocol, name: str) -> ir.Value:

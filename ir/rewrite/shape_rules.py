@@ -189,7 +189,7 @@ def _bounds_inside(node: ir.Node) -> dict[int, tuple[Size, Size, int]] | None:
     steps = known_integers(node.inputs[4]) if len(node.inputs) > 4 else (1,)
     if axes is None or steps != (1,) or not isinstance(shape[axes[0]], int):
         return None
-    inside = all(not isinstance(size, int) or 0 <= size for size in (starts[0], stops[0]))
+    inside = all(not isinstance(size, int) or size >= 0 for size in (starts[0], stops[0]))
     symbolic = isinstance(stops[0], ir.SymbolicDim) and sizes.is_known(stops[0])
     return {axes[0]: (starts[0], stops[0], 1)} if inside and symbolic else None
 

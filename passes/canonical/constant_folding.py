@@ -13,6 +13,7 @@ from onnx.reference import ReferenceEvaluator
 
 TINY_BYTES = 1 << 10
 VECTOR_BYTES = 1 << 16
+FOLDED = ".folded"
 NEVER = {
     "RandomUniform",
     "RandomNormal",
@@ -43,13 +44,21 @@ def _fold(graph: ir.Graph, node: ir.Node) -> bool:
         return False
     for output, array in zip(node.outputs, arrays):
         if output.uses() or output.is_graph_output():
-            constant = new_constant(graph, array)
+            constant = new_constant(graph, array, _name(node))
             constant.type = output.type or constant.type
             replace(output, constant, before=node)
     if any(output.is_graph_output() for output in node.outputs):
         return False
     graph.remove(node, safe=True)
     return True
+
+
+def _name(node: ir.Node) -> str:
+    """Named after the one vector or matrix the result is made of, so that reports still name its layer."""
+    named = [value.name for value in node.inputs if value is not None and value.shape is not None and len(value.shape)]
+    if len(named) != 1 or not named[0] or named[0].startswith("constant"):
+        return "constant"
+    return f"{named[0].removesuffix(FOLDED)}{FOLDED}"
 
 
 def _integer_result(node: ir.Node) -> list[np.ndarray] | None:

@@ -135,10 +135,25 @@ def _reshape_of_view(node: ir.Node) -> bool:
     assert graph is not None
     if sizes.same_shape(shape, wanted):
         return _bypass(node, source)
+    if _rows_for_product(node):
+        return False
     target = reshape_target(shape, wanted)
     if target is None:
         return False
     return _bypass(node, insert_value(node, "Reshape", [source, new_integers(graph, *target)]))
+
+
+def _rows_for_product(node: ir.Node) -> bool:
+    """Whether a `Reshape` regroups rows for a product with a weight: the product takes any rows, so it will sink."""
+    user = sole_consumer(node.outputs[0])
+    before, after = shape_of(node.inputs[0]), shape_of(node.outputs[0])
+    return (
+        user is not None
+        and is_op(user, "MatMul", "Gemm")
+        and user.inputs[0] is node.outputs[0]
+        and len(shape_of(user.inputs[1]) or ()) == 2
+        and bool(before and after and len(before) >= 2 and sizes.same(before[-1], after[-1]))
+    )
 
 
 def _unsqueeze_of_unsqueeze(node: ir.Node) -> bool:

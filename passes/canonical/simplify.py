@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import onnx_ir as ir
+from effc.ir.program import Program
 from effc.ir.rewrite.edit import remove_dead
 from effc.ir.rewrite.inference import infer_graph
 from effc.passes.canonical.constant_folding import fold_constants
 from effc.passes.canonical.duplicates import merge_duplicates
 from effc.passes.canonical.redundant_nodes import remove_redundant
 from effc.passes.canonical.shape_arithmetic import simplify_shapes
+from effc.passes.canonical.size_names import join_sizes, split_sizes
 
 ROUNDS = 12
+
+
+def simplify_program(program: Program) -> None:
+    """Simplify a program whose sizes have their outside names (`total` for `past + seq`)."""
+    split_sizes(program)
+    simplify(program.model)
+    join_sizes(program)
 
 
 def simplify(model: ir.Model) -> None:
