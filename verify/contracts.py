@@ -79,7 +79,10 @@ class ContractCheck(Instrument):
         before, self._before = self._before, None
         if before is None:
             raise ContractError(f"pass {one.name!r}: its contract cannot be checked, it was not seen before it ran.")
-        after = Snapshot(program, seed=self.seed, limit=self.limit)
+        try:
+            after = Snapshot(program, seed=self.seed, limit=self.limit)
+        except EffcError as error:
+            raise ContractError(f"pass {one.name!r} left a graph that cannot be run: {error}") from error
         self._latest = (program, after)
         approximate = one.contract == Contract.APPROXIMATE
         reference = (self._reference or before) if approximate else before

@@ -21,10 +21,13 @@ class Snapshot:
         program: The program; later edits of it do not reach the snapshot.
         seed: Of random inputs.
         limit: Bytes of weights held at once while it runs.
+
+    Raises:
+        InputError: The graph is not whole: a node reads a value that belongs to no node of it.
     """
 
     def __init__(self, program: Program, *, seed: int = 0, limit: int = DEFAULT_LIMIT) -> None:
-        self.model = program.model.clone()
+        self.model = _copy(program.model)
         self.interface = program_interface(program)
         self.seed = seed
         self.limit = limit
@@ -55,6 +58,17 @@ class Snapshot:
 
     def _feeds(self, shapes: Iterable[FeedShape]) -> list[dict[str, np.ndarray]]:
         return [make_feed(self.interface, shape, seed=self.seed) for shape in shapes]
+
+
+def _copy(model: ir.Model) -> ir.Model:
+    try:
+        return model.clone()
+    except RuntimeError as error:
+        # onnx_ir wraps the sentence that says which value it is in the text of the whole graph.
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        raise InputError(f"the graph is not whole: {cause}") from error
 
 
 def program_interface(program: Program) -> Interface:

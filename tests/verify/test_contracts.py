@@ -170,6 +170,15 @@ def test_a_graph_that_cannot_run_is_a_broken_contract() -> None:
         check(Edit(), causal_lm(), ruin)
 
 
+def test_a_graph_that_is_not_whole_is_a_broken_contract() -> None:
+    def detach(program: Program) -> None:
+        node = next(node for node in program.graph if node.name == "mlp.0")
+        node.replace_input_with(1, ir.node("Neg", [node.inputs[1]]).outputs[0])
+
+    with pytest.raises(ContractError, match="the graph is not whole"):
+        check(Edit(), causal_lm(), detach)
+
+
 def test_quick_and_own_shapes() -> None:
     for shapes, expected in (
         ("quick", ["batch=2 seq=5 past=4 padded"]),
