@@ -12,7 +12,7 @@ from effc.frontends.architecture import Architecture
 from effc.frontends.causal_lm import causal_lm_interface
 from effc.frontends.encoder import encoder_interface
 from effc.frontends.interface import Interface
-from effc.frontends.trace import trace
+from effc.frontends.trace_cache import traced_graph
 from effc.frontends.vision import vision_interface
 from effc.ir.program import Task
 
@@ -54,7 +54,7 @@ def lower(architecture: Architecture, progress: Callable[[str], None]) -> Lowere
     whole, notes = skeleton.build(architecture.model_class, architecture.config)
     part = traced_part(whole, architecture)
     interface = interface_of(part, architecture.task)
-    graph, limits = trace(interface, progress)
+    graph, limits = traced_graph(architecture, interface, PREFIX, progress)
     interface = replace(interface, notes=(*architecture.notes, *notes, *interface.notes, *limits))
     return Lowered(whole, part, interface, graph)
 
