@@ -79,6 +79,11 @@ def tensor_shape(tensor: ir.TensorProtocol) -> tuple[int, ...]:
     return tuple(dim for dim in tensor.shape if isinstance(dim, int))
 
 
+def dtype_name(dtype: ir.DataType) -> str:
+    """The numpy name of a dtype: `float32`, `bfloat16`, …"""
+    return dtype.numpy().name
+
+
 def is_weight(value: ir.Value | None) -> bool:
     """Whether the value is an initializer with a known tensor and not also a graph input."""
     return value is not None and value.is_initializer() and value.const_value is not None

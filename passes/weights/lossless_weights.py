@@ -15,7 +15,7 @@ from effc.ir.dialect import is_dialect_node
 from effc.ir.dialect.stored_weight import StoredWeight, stored_weight
 from effc.ir.program import Program
 from effc.ir.store import Store, content_key
-from effc.ir.weights import tensor_shape
+from effc.ir.weights import dtype_name, tensor_shape
 from effc.kernels import codec
 from effc.passes.base import Contract, LeftAlone, Match, Pass, PassReport, Site
 from effc.passes.weights.coded_files import FORMAT_VERSION, load_tensors, save_tensors
@@ -76,7 +76,7 @@ class LosslessWeights(Pass):
                 left.append(LeftAlone(str(value.name), reason))
             else:
                 sites.append(Site(str(value.name), (value, prediction)))
-        return Match(sites, left)
+        return Match(sites, left + self._unread(program))
 
     def apply(self, program: Program, sites: Sequence[Site]) -> PassReport:
         """Code each weight once and let all its readers read the coded form."""
@@ -89,6 +89,15 @@ class LosslessWeights(Pass):
             tensors.append({**_figures(value, prediction, coded), "sha256": digest})
         return PassReport([site.name for site in sites], details={"tensors": tensors, "layout": self.layout})
 
+    def _unread(self, program: Program) -> list[LeftAlone]:
+        """Weights that `stored-weights` did not take, with its reason; for integers also what coding would gain."""
+        left = []
+        for item in self.requires()[0].match(program).left:
+            tensor = program.graph.initializers[item.site].const_value
+            gain = "" if tensor is None else _integer_gain(tensor)
+            left.append(LeftAlone(item.site, item.reason + gain))
+        return left
+
     def _reason(self, value: ir.Value) -> tuple[str, Any]:
         """Why a weight is left alone, empty when it is not; and what coding it would give."""
         tensor = value.const_value
@@ -97,7 +106,7 @@ class LosslessWeights(Pass):
             return "skipped by the option `skip`", None
         if tensor.nbytes < self.min_bytes:
             return f"{tensor.nbytes} bytes, below min-bytes={self.min_bytes}", None
-        dtype = tensor.dtype.name.lower()
+        dtype = dtype_name(tensor.dtype)
         if self.layout != "huffman" and tensor.dtype == ir.DataType.FLOAT16:
             return f"fp16 gains nothing from the layout {self.layout!r}; use layout=huffman", None
         prediction = codec.predict(codec.exponent_histogram(tensor.numpy()), dtype, tensor_shape(tensor))
@@ -124,7 +133,7 @@ class LosslessWeights(Pass):
             layout=self.layout,
             format=FORMAT_VERSION,
         )
-        parts = codec.tensor_names(self.layout, tensor.dtype.name.lower())
+        parts = codec.tensor_names(self.layout, dtype_name(tensor.dtype))
         path = store.find(key) or save_tensors(store, key, codec.encode(array, self.layout).tensors)
         tensors = load_tensors(path, [f"{value.name}.{part}" for part in parts])
         rows, columns = array.shape
@@ -162,6 +171,17 @@ def _replace(graph: ir.Graph, value: ir.Value, coded: StoredWeight) -> None:
         del graph.initializers[str(value.name)]
 
 
+def _integer_gain(tensor: ir.TensorProtocol) -> str:
+    """What entropy coding of an integer weight would save, as the end of a sentence; empty for other dtypes."""
+    if not tensor.dtype.is_integer() or tensor.size == 0:
+        return ""
+    _, counts = np.unique(tensor.numpy(), return_counts=True)
+    share = counts / counts.sum()
+    entropy = float(-(share * np.log2(share)).sum())
+    bits = tensor.dtype.bitwidth
+    return f"; its values carry {entropy:.2f} of {bits} bits, so coding could save {100 * (1 - entropy / bits):.1f} %"
+
+
 def _bits(prediction: codec.Prediction, layout: str) -> float:
     return {
         "huffman": prediction.storage_bits,
@@ -173,7 +193,7 @@ def _bits(prediction: codec.Prediction, layout: str) -> float:
 def _runtime_bits(prediction: codec.Prediction, dtype: ir.DataType) -> float:
     """Bits per weight once the engine is loaded: the layout the kernels transcode to."""
     return {"rank4": prediction.rank4_bits, "rank3": prediction.rank3_bits, "raw": float(dtype.bitwidth)}[
-        runtime_layout(dtype.name.lower())
+        runtime_layout(dtype_name(dtype))
     ]
 
 
@@ -184,7 +204,7 @@ def _figures(value: ir.Value, prediction: codec.Prediction, coded: StoredWeight)
     return {
         "name": str(value.name),
         "shape": [coded.rows, coded.columns],
-        "dtype": tensor.dtype.name.lower(),
+        "dtype": dtype_name(tensor.dtype),
         "bytes": tensor.nbytes,
         "stored_bytes": sum(part.const_value.nbytes for part in coded.tensors if part.const_value is not None),
         "entropy_bits": round(prediction.entropy_bits, 4),

@@ -67,7 +67,7 @@ class StoredWeights(Pass):
             reason = self._reason(value) or reason
             if not reason:
                 sites.append(Site(str(value.name), readers))
-            elif value.const_value is not None and value.const_value.nbytes >= self.min_bytes:
+            elif self._is_notable(value):
                 left.append(LeftAlone(str(value.name), reason))
         return Match(sites, left)
 
@@ -88,6 +88,11 @@ class StoredWeights(Pass):
         if sites:
             program.model.opset_imports[DOMAIN] = VERSION
         return PassReport([site.name for site in sites], details={"fp32_that_is_bf16": narrowed})
+
+    def _is_notable(self, value: ir.Value) -> bool:
+        """Whether a reader of the report would ask about this weight: a matrix, or anything large."""
+        tensor = value.const_value
+        return tensor is not None and (len(tensor.shape) > 1 or tensor.nbytes >= self.min_bytes)
 
     def _reason(self, value: ir.Value) -> str:
         tensor = value.const_value
