@@ -207,6 +207,13 @@ def test_views_that_are_not_contiguous_are_fed_right(make_engine: MakeEngine) ->
             np.testing.assert_array_equal(engine.run({"x": view})["y"], -view)
 
 
+def test_the_runtime_loads_no_compiler_and_no_framework() -> None:
+    code = "import sys, effc.runtime.session; print(*sys.modules)"
+    modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert {"numpy", "onnxruntime", "tokenizers", "jinja2"} <= set(modules)
+    assert not {"torch", "transformers", "onnx", "onnx_ir", "onnxscript", "effc.ir", "effc.passes"} & set(modules)
+
+
 WEIGHT_ROWS, WEIGHT_SIDE = 16, 1024
 
 
