@@ -12,13 +12,14 @@ from typing import Any, Literal
 from effc.backends import backend
 from effc.backends.base import Backend, Progress
 from effc.backends.engine_folder import new_engine_folder, seal
+from effc.backends.lowering import Lowering
 from effc.errors import OutputError, UsageError
 from effc.frontends import import_model
 from effc.ir.program import Program, Task
 from effc.ir.store import cache_folder, content_key
 from effc.passes.base import Pass
 from effc.passes.instruments import DumpStages, Instrument, PeakMemory, Stopwatch, peak_rss
-from effc.passes.pipeline import expand, run_pipeline
+from effc.passes.pipeline import expand, run_pipeline, run_step
 from effc.passes.pipeline_text import format_pipeline, parse_pipeline
 from effc.runtime.bundle import MANIFEST, Manifest
 from effc.verify.contracts import ContractCheck
@@ -137,7 +138,8 @@ def optimize(
     _refuse_early(plan, Path(output))
     instruments = _instruments(check, dump, step, plan)
     run_pipeline(program, requested, instruments, allow_noop=allow_noop)
-    manifest = _write(program, Path(output), chosen, portable, step)
+    lowered = _lower(program, chosen, portable, instruments)
+    manifest = _write(lowered, Path(output), chosen, portable, step)
     return OptimizeResult(program, Path(output), manifest, _summary(manifest, Path(output), watch))
 
 
@@ -155,7 +157,9 @@ def reference_engine(
     if (folder / MANIFEST).is_file():
         os.utime(folder / MANIFEST)
         return folder
-    _write(program, folder, backend("ort-cpu"), True, lambda stage, done, total: None)
+    chosen = backend("ort-cpu")
+    lowered = _lower(program, chosen, True, ())
+    _write(lowered, folder, chosen, True, lambda stage, done, total: None)
     return folder
 
 
@@ -237,10 +241,14 @@ def _dry_run(program: Program, requested: Sequence[Pass], target: str, plan: Pla
     }
 
 
-def _write(program: Program, output: Path, chosen: Backend, portable: bool, step: Progress) -> Manifest:
-    step("lower", 0, 0)
-    lowered = chosen.lower(program, portable=portable)
-    lowered.records = program.records
+def _lower(program: Program, chosen: Backend, portable: bool, instruments: Sequence[Instrument]) -> Program:
+    """Lower a copy of the program, recorded and checked like a pass."""
+    lowered = program.clone()
+    run_step(lowered, Lowering(chosen, portable), instruments)
+    return lowered
+
+
+def _write(lowered: Program, output: Path, chosen: Backend, portable: bool, step: Progress) -> Manifest:
     with new_engine_folder(output) as folder:
         manifest = chosen.write(lowered, folder, portable=portable, progress=step)
         write_report(asdict(manifest), folder / "report.html")

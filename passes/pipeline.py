@@ -52,11 +52,16 @@ def run_pipeline(
             contract broken.
     """
     for one in expand(passes):
-        _run_pass(program, one, instruments, must_change=one in passes and not allow_noop)
+        run_step(program, one, instruments, must_change=one in passes and not allow_noop)
     return program
 
 
-def _run_pass(program: Program, one: Pass, instruments: Sequence[Instrument], must_change: bool) -> None:
+def run_step(program: Program, one: Pass, instruments: Sequence[Instrument] = (), *, must_change: bool = False) -> None:
+    """Run one pass over the program, in place, with the instruments around it, and record it.
+
+    Raises:
+        ContractError: It changed nothing although it must, or an instrument found its contract broken.
+    """
     for instrument in instruments:
         instrument.before(one, program)
     watch = Stopwatch()

@@ -77,7 +77,7 @@ class OnnxRuntimeCpu(Backend):
             inputs=ports(program, graph.inputs),
             outputs=ports(program, graph.outputs),
             cache=cache_layout(program, in_place=in_place),
-            pipeline=",".join(record.options for record in program.records),
+            pipeline=",".join(record.options for record in program.records if record.name != "lower"),
             passes=[_record(record) for record in program.records],
             source=_source(program),
             config=dict(program.source.config),

@@ -92,7 +92,10 @@ class LosslessWeights(Pass):
     def _unread(self, program: Program) -> list[LeftAlone]:
         """Weights that `stored-weights` did not take, with its reason; for integers also what coding would gain."""
         left = []
+        stored = {value.name for value in _raw_weights(program.graph)}
         for item in self.requires()[0].match(program).left:
+            if item.site in stored:
+                continue
             tensor = program.graph.initializers[item.site].const_value
             gain = "" if tensor is None else _integer_gain(tensor)
             left.append(LeftAlone(item.site, item.reason + gain))

@@ -67,7 +67,7 @@ class StoredWeights(Pass):
             reason = self._reason(value) or reason
             if not reason:
                 sites.append(Site(str(value.name), readers))
-            elif self._is_notable(value):
+            elif _is_notable(value):
                 left.append(LeftAlone(str(value.name), reason))
         return Match(sites, left)
 
@@ -89,11 +89,6 @@ class StoredWeights(Pass):
             program.model.opset_imports[DOMAIN] = VERSION
         return PassReport([site.name for site in sites], details={"fp32_that_is_bf16": narrowed})
 
-    def _is_notable(self, value: ir.Value) -> bool:
-        """Whether a reader of the report would ask about this weight: a matrix, or anything large."""
-        tensor = value.const_value
-        return tensor is not None and (len(tensor.shape) > 1 or tensor.nbytes >= self.min_bytes)
-
     def _reason(self, value: ir.Value) -> str:
         tensor = value.const_value
         assert tensor is not None
@@ -106,6 +101,12 @@ class StoredWeights(Pass):
         if len(tensor.shape) != 2:
             return f"it has {len(tensor.shape)} dimensions; only matrices are read this way"
         return ""
+
+
+def _is_notable(value: ir.Value) -> bool:
+    """Whether a reader of the report would ask about this weight: a matrix, or anything large."""
+    tensor = value.const_value
+    return tensor is not None and (len(tensor.shape) > 1 or tensor.nbytes >= MIN_BYTES)
 
 
 def _stored_form(graph: ir.Graph, value: ir.Value, transposed: bool) -> ir.Value:
