@@ -18,6 +18,7 @@ from effc.ir.program import Program
 from effc.ir.weights import tensor_shape
 from effc.kernels import codec
 from effc.passes.pipeline import run_pipeline
+from effc.passes.weights.runtime_layout import runtime_layout
 from effc.runtime.bundle import Manifest
 
 Progress = Callable[[str, int, int], None]
@@ -135,7 +136,7 @@ def _row(name: str, tensor: ir.TensorProtocol) -> dict[str, Any]:
         **row,
         "entropy_bits": predicted.entropy_bits,
         "storage_bits": min(stored, predicted.storage_bits),
-        "runtime_bits": min(stored, layouts[codec.runtime_layout(kind)]),  # type: ignore[arg-type]
+        "runtime_bits": min(stored, layouts[runtime_layout(kind)]),
     }
 
 

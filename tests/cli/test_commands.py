@@ -1,5 +1,7 @@
 """What each command calls and prints; the library behind it is replaced, so that every answer is known."""
 
+import importlib
+import inspect
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -89,7 +91,9 @@ def test_optimize_passes_every_flag_on(effc, compiler, tmp_path) -> None:
         "t",
         "--quiet",
     ]
-    result = effc("optimize", "model", *words, "--dump", tmp_path)
+    sample = tmp_path / "sample.txt"
+    sample.write_text("words")
+    result = effc("optimize", "model", *words, "--dump", tmp_path, "--budget", "top1=0.9", "--calibrate", sample)
     assert result.code == 0
     assert result.err == ""
     _, output, options = compiler.calls[0]
@@ -103,8 +107,29 @@ def test_optimize_passes_every_flag_on(effc, compiler, tmp_path) -> None:
         "dtype": "bfloat16",
         "target": "t",
         "dump": tmp_path,
+        "budget": "top1=0.9",
+        "calibrate": sample,
     }
     assert {key: options[key] for key in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("module", "function", "names"),
+    [
+        (
+            "effc.compiler",
+            "optimize",
+            "passes target portable calibrate budget allow_noop dry_run twin task dtype dump progress announce",
+        ),
+        ("effc.compiler", "reference_engine", "dtype task twin"),
+        ("effc.frontends", "import_model", "task dtype twin check progress"),
+        ("effc.verification", "verify", "text tokens context threads budget"),
+        ("effc.verify.benchmark", "bench_engine", "prompt_tokens new_tokens batch threads repeats progress"),
+    ],
+)
+def test_the_library_takes_what_the_commands_hand_over(module, function, names) -> None:
+    parameters = inspect.signature(getattr(importlib.import_module(module), function)).parameters
+    assert set(names.split()) <= set(parameters)
 
 
 def test_optimize_for_people_names_passes_reasons_and_sizes(effc, compiler) -> None:
@@ -118,11 +143,12 @@ def test_optimize_for_people_names_passes_reasons_and_sizes(effc, compiler) -> N
 
 def test_optimize_takes_presets_and_recipes(effc, compiler, tmp_path) -> None:
     recipe = tmp_path / "mine.toml"
-    recipe.write_text('[pipeline]\npasses = "fuse"\ntarget = "other"\n')
+    recipe.write_text('[pipeline]\npasses = "fuse"\ntarget = "other"\nbudget = "kl=0.1"\n')
     assert effc("optimize", "m", "-o", "out", "--preset", "lossless").code == 0
     assert effc("optimize", "m", "-o", "out", "--recipe", recipe).code == 0
     assert effc("optimize", "m", "-o", "out", "--recipe", recipe, "--target", "ort-cpu").code == 0
     chosen = [(options["passes"], options["target"]) for _, _, options in compiler.calls]
+    assert [options.get("budget") for _, _, options in compiler.calls] == [None, "kl=0.1", "kl=0.1"]
     assert chosen == [("lossless-weights", "ort-cpu"), ("fuse", "other"), ("fuse", "ort-cpu")]
 
 
@@ -342,3 +368,18 @@ def test_json_is_all_there_is_on_stdout(effc, compiler) -> None:
     content, end = json.JSONDecoder().raw_decode(out)
     assert out[end:] == "\n"
     assert content == SUMMARY
+
+
+def test_import_df11(effc, stand_in, tmp_path) -> None:
+    done = {"folder": "out", "groups": 2, "weights": 3, "bytes": {"coded": 7_000_000, "decoded": 10_000_000}}
+
+    def import_dfloat11(folder, output, progress):
+        progress("layers.0", 0, 2)
+        return {**done, "folder": str(output)}
+
+    stand_in("effc.frontends.dfloat11", import_dfloat11=import_dfloat11)
+    assert effc("import-df11", "in", "-o", "out", "--json").json("import-df11") == done
+    result = effc("import-df11", "in", "-o", "out")
+    assert result.out == "out: 3 weights of 2 groups decoded, 7.0 MB to 10.0 MB\n"
+    assert result.err == "… layers.0\n"
+    assert effc("import-df11", "in").code == 2
