@@ -12,7 +12,15 @@ from pathlib import Path
 
 from effc.errors import MissingDependencyError
 
-__all__ = ["available_isas", "isa", "library_path", "live_weights", "load", "read_bandwidth", "select_isa"]
+__all__ = [
+    "available_isas",
+    "isa",
+    "library_path",
+    "live_weights",
+    "load",
+    "read_bandwidth",
+    "select_isa",
+]
 
 _ABI_VERSION = 1
 

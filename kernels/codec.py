@@ -15,9 +15,8 @@ from typing import Any, Literal
 
 import ml_dtypes
 import numpy as np
-from numpy.typing import NDArray
-
 from effc.kernels import load
+from numpy.typing import NDArray
 
 __all__ = [
     "CHUNK",

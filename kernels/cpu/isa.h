@@ -39,14 +39,16 @@ inline int64_t PaddedColumns(int64_t columns) { return (columns + kTile - 1) / k
 // Rows of x up to which a product accumulates in four registers a dot.
 constexpr int64_t kFewRows = 4;
 
-// Weight rows unpacked at a time for more rows of x: a panel that stays in the second-level cache.
-inline int64_t PanelRows(int64_t columns) {
-  const int64_t fitting = (int64_t{1} << 17) / PaddedColumns(columns) / 4 * 4;
+// Weight rows unpacked at a time for `m` rows of x: the panel stays in the first-level cache while
+// few rows of x use it, and in the second-level cache otherwise.
+inline int64_t PanelRows(int64_t columns, int64_t m) {
+  const int64_t floats = int64_t{1} << (m <= 32 ? 12 : 17);
+  const int64_t fitting = floats / PaddedColumns(columns) / 4 * 4;
   return fitting < 4 ? 4 : fitting > 64 ? 64 : fitting;
 }
 
 inline int64_t ScratchFloats(int64_t columns, int64_t m) {
-  return m > kFewRows ? PanelRows(columns) * PaddedColumns(columns) : 0;
+  return m > kFewRows ? PanelRows(columns, m) * PaddedColumns(columns) : 0;
 }
 
 // Copies rows of x into the element order of the kernels, zero-padded to PaddedColumns.

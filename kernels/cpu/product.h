@@ -132,7 +132,7 @@ void ManyRows(const WeightView& w, const float* x, int64_t x_stride, int64_t m, 
               int64_t end, float* y, int64_t y_stride, float* scratch) {
   const int64_t stride = PaddedColumns(w.columns);
   const int64_t length = (w.columns + kBlock<V> - 1) / kBlock<V> * kBlock<V>;
-  const int64_t panel = PanelRows(w.columns);
+  const int64_t panel = PanelRows(w.columns, m);
   for (int64_t row = begin; row < end; row += panel) {
     const int64_t rows = end - row < panel ? end - row : panel;
     for (int64_t r = 0; r < rows; ++r) UnpackRow<V, Reader>(w, row + r, scratch + r * stride);

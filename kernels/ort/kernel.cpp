@@ -223,8 +223,12 @@ void MatMulKernel::Multiply(const OrtKernelContext* context, const float* x, int
 }
 
 int64_t MatMulKernel::Grain(int64_t m) const {
-  if (m > kFewRows) return std::max(PanelRows(spec_.columns), spec_.rows / 1024 / 4 * 4);
-  return std::max({int64_t{1}, kTaskWeights / spec_.columns, spec_.rows / 256});
+  if (m <= kFewRows) {
+    return std::max({int64_t{1}, kTaskWeights / spec_.columns, spec_.rows / 256});
+  }
+  const int64_t panel = PanelRows(spec_.columns, m);
+  const int64_t panels = kTaskWeights / (spec_.columns * (1 + m / 8)) / panel;
+  return panel * std::max({int64_t{1}, panels, spec_.rows / panel / 512});
 }
 
 void GatherKernel::Compute(OrtKernelContext* context) const {

@@ -74,8 +74,15 @@ def words_of(coded: codec.CodedWeight) -> np.ndarray:
 @pytest.mark.parametrize("shape", [(3, 200), (70, 300), (5, 128), (1, 1)])
 @pytest.mark.parametrize(
     ("dtype", "layout"),
-    [(BF16, "huffman"), (BF16, "rank4"), (BF16, "rank3"), (np.dtype(np.float32), "huffman")]
-    + [(np.dtype(np.float32), "rank4"), (np.dtype(np.float32), "rank3"), (np.dtype(np.float16), "huffman")],
+    [
+        (BF16, "huffman"),
+        (BF16, "rank4"),
+        (BF16, "rank3"),
+        (np.dtype(np.float32), "huffman"),
+        (np.dtype(np.float32), "rank4"),
+        (np.dtype(np.float32), "rank3"),
+        (np.dtype(np.float16), "huffman"),
+    ],
 )
 def test_documented_format(shape: tuple[int, int], dtype: np.dtype, layout: codec.Layout) -> None:
     rng = np.random.default_rng(shape[1])
