@@ -167,17 +167,31 @@ def negative_log_likelihood(logits: np.ndarray, targets: np.ndarray) -> np.ndarr
     return losses
 
 
+NEGLIGIBLE = 32.0
+"""Tokens this many nats below the most likely one on both sides are left out of a divergence: together at most
+`vocab * exp(-32)`, a few billionths of the probability."""
+
+
 def kl_divergence(reference: np.ndarray, value: np.ndarray) -> np.ndarray:
     """KL(reference ‖ value) in nats of each row of logits [rows, vocab], float64 [rows].
 
-    Σ p (a - b) - (lse(a) - lse(b)), which is accurate where the logits a and b are close, because only their
-    difference is rounded.
+    Infinite where the reference allows a token that the other rules out; NaN for logits that are NaN.
     """
     divergences = np.empty(len(reference), np.float64)
     for row, (a, b) in enumerate(zip(reference, value, strict=True)):
-        lse_a, lse_b = log_sum_exp(a), log_sum_exp(b)
-        # Impossible tokens of the reference add nothing, whatever the other says of them.
-        p = np.exp(a.astype(np.float64) - lse_a)
-        gap = np.subtract(a, b, dtype=np.float64, where=p > 0, out=np.zeros(a.shape))
-        divergences[row] = np.maximum(p @ gap - (lse_a - lse_b), 0.0)
+        tops = a.max(), b.max()
+        if np.isnan(tops).any():
+            divergences[row] = np.nan
+            continue
+        kept = (a >= tops[0] - NEGLIGIBLE) | (b >= tops[1] - NEGLIGIBLE)
+        divergences[row] = _divergence(a[kept].astype(np.float64), b[kept].astype(np.float64))
     return divergences
+
+
+def _divergence(a: np.ndarray, b: np.ndarray) -> float:
+    """Σ p (a - b) - (lse(a) - lse(b)): where a and b are close, only their difference is rounded."""
+    total_a, total_b = log_sum_exp(a), log_sum_exp(b)
+    p = np.exp(a - total_a)
+    # Impossible tokens of the reference add nothing, whatever the other says of them.
+    gap = np.subtract(a, b, where=p > 0, out=np.zeros(a.shape))
+    return float(np.maximum((p * gap).sum() - (total_a - total_b), 0.0))
