@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import onnx_ir as ir
-
 from effc.ir.program import Program
+
+
+LITERAL_ELEMENTS = 16
+"""Constants up to this many elements are part of the text."""
 
 
 def program_text(program: Program) -> str:
     """The main graph and its functions as text.
 
-    Values are renamed in order of definition (`%0`, `%1`, …), so two graphs that differ in names only have
-    the same text; inputs, outputs and initializers keep their names, which are part of the interface.
+    Values are renamed in order of definition (`%0`, `%1`, …) and constants of at most 16 elements are written
+    where they are used, so two graphs that differ in names only have the same text; inputs, outputs and weights keep
+    their names, which are part of the interface.
     """
     lines = [f"task {program.task}", *_graph_lines(program.graph)]
     return "\n".join(lines) + "\n"
@@ -22,7 +26,8 @@ def program_text(program: Program) -> str:
 def _graph_lines(graph: ir.Graph, indent: str = "") -> list[str]:
     names = _Names(graph)
     lines = [f"{indent}input {value.name} {_type(value)}" for value in graph.inputs]
-    lines += [f"{indent}weight {value.name} {_type(value)}" for value in graph.initializers.values()]
+    weights = [value for value in graph.initializers.values() if not _is_literal(value)]
+    lines += [f"{indent}weight {value.name} {_type(value)}" for value in weights]
     for node in graph:
         lines += _node_lines(node, names, indent)
     lines += [f"{indent}output {value.name} = {names.of(value)} {_type(value)}" for value in graph.outputs]
@@ -40,8 +45,25 @@ class _Names:
         if value is None:
             return "_"
         if value in self.fixed:
-            return str(value.name)
+            return _literal(value) if _is_literal(value) else str(value.name)
         return self.given.setdefault(value, f"%{len(self.given)}")
+
+
+def _is_literal(value: ir.Value) -> bool:
+    """Whether a constant is written where it is used: it has at most 16 elements."""
+    tensor = value.const_value
+    return tensor is not None and not value.is_graph_input() and tensor.size <= LITERAL_ELEMENTS
+
+
+def _literal(value: ir.Value) -> str:
+    """`[0, -1]` for whole numbers and truth values, `FLOAT 0.5` for the rest."""
+    tensor = value.const_value
+    assert tensor is not None
+    array = tensor.numpy()
+    if tensor.dtype not in (ir.DataType.INT64, ir.DataType.BOOL):
+        array = array.astype("float32")
+    content = repr(array.tolist())
+    return content if tensor.dtype in (ir.DataType.INT64, ir.DataType.BOOL) else f"{tensor.dtype.name} {content}"
 
 
 def _node_lines(node: ir.Node, names: _Names, indent: str) -> list[str]:

@@ -77,11 +77,7 @@ def mask_meaning(mask: ir.Value) -> MaskMeaning | None:
     padding: ir.Value | None = None
     for term in condition:
         if isinstance(term, Lookup):
-            if (
-                padding is not None
-                or term.axes not in ((-4, -1), (-2, -1))
-                or (term.axes == (-2, -1) and _rank(mask) != 2)
-            ):
+            if padding is not None or term.axes != (-4, -1):
                 return None
             padding = term.table
             continue

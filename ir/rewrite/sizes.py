@@ -122,6 +122,13 @@ def shape_of(value: ir.Value | None) -> tuple[Size, ...] | None:
     return tuple(normal(size) for size in value.shape)
 
 
+def shape_text(shape: Sequence[Size] | None) -> str:
+    """A shape for messages: `[batch, seq, 64]`, `?` for what is unknown."""
+    if shape is None:
+        return "?"
+    return f"[{', '.join(str(size) if is_known(size) else '?' for size in shape)}]"
+
+
 def substitute(size: Size, symbol: str, replacement: Size) -> Size:
     """The size with one symbol replaced by an expression."""
     if isinstance(size, int) or size.value is None or symbol not in size.free_symbols():

@@ -9,7 +9,6 @@ q with the transposed k. Scales on q and on k are taken into the attribute. What
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import replace as changed
 
@@ -19,7 +18,7 @@ from effc.ir.rewrite import sizes
 from effc.ir.rewrite.constants import new_integers, new_scalar, scalar
 from effc.ir.rewrite.dataflow import attribute_int, consumers, is_op, operands, producer, scaled
 from effc.ir.rewrite.edit import insert, insert_value, replace
-from effc.ir.rewrite.sizes import Size, shape_of
+from effc.ir.rewrite.sizes import Size, shape_of, shape_text
 
 OP = "Attention"
 FILLING = -1e4
@@ -37,6 +36,7 @@ class Scores:
         softcap: `softcap * tanh(scores / softcap)`; 0 when there is none.
         masks: `(value, kind)` in the order of application; kind `add`, `keep` (true keeps) or `drop` (true drops).
         precision: Element type the softmax is computed in when it is not that of q.
+        lead: Batch and heads, where a `Reshape` on the way splits them; None when the scores have them as they are.
     """
 
     q: ir.Value
@@ -45,6 +45,7 @@ class Scores:
     softcap: float = 0.0
     masks: tuple[tuple[ir.Value, str], ...] = ()
     precision: ir.DataType | None = None
+    lead: tuple[Size, Size] | None = None
 
 
 @dataclass(frozen=True)
@@ -78,17 +79,25 @@ def match_attention(node: ir.Node) -> AttentionSite | str | None:
     output, v = product
     if len(shape) not in (3, 4):
         return f"attention found, but its scores have {len(shape)} axes; 3 or 4 are handled"
-    lead = shape[:2] if len(shape) == 4 else (shape[0], 1)
+    lead = scores.lead or ((shape[0], shape[1]) if len(shape) == 4 else (shape[0], 1))
     for name, value in (("q", scores.q), ("k", scores.k_transposed), ("v", v)):
         own = shape_of(value) or ()
         split = len(own) == 4 or (len(own) == 3 and sizes.same(own[0], sizes.product(lead)))
         if not split or not isinstance(lead[1], int):
-            return f"attention found, but {name} of shape {_text(own)} does not split into the heads of the scores"
+            return f"attention found, but {name} of shape {shape_text(own)} does not split into the heads of the scores"
+    for mask, _ in scores.masks:
+        if not _covers(shape_of(mask), lead):
+            return f"attention found, but its mask of shape {shape_text(shape_of(mask))} does not fit batch and heads"
     return AttentionSite(output, scores, v, lead)
 
 
-def _text(shape: Sequence[Size]) -> str:
-    return f"[{', '.join(map(str, shape))}]"
+def _covers(mask: tuple[Size, ...] | None, lead: tuple[Size, Size]) -> bool:
+    """Whether a mask is one per batch and head, or shared by them."""
+    if mask is None or len(mask) > 4:
+        return False
+    if len(mask) == 4:
+        return all(own == 1 or sizes.same(own, size) for own, size in zip(mask, lead))
+    return len(mask) < 3 or mask[0] == 1 or sizes.same(mask[0], sizes.product(lead)) or sizes.same(mask[0], lead[1])
 
 
 def _near_miss(product: tuple[ir.Value, ir.Value] | None, scores: Scores | str) -> str | None:
@@ -146,7 +155,9 @@ def _scores(value: ir.Value) -> Scores | str:
         found = _scores(node.inputs[0]) if node.inputs[0] is not None else "a Cast has no input"
         return found if isinstance(found, str) else changed(found, precision=value.dtype)
     if regroups_heads(node) and node.inputs[0] is not None:
-        return _scores(node.inputs[0])
+        found = _scores(node.inputs[0])
+        shape = next(s for s in (shape_of(node.inputs[0]), shape_of(value)) if s is not None and len(s) == 4)
+        return found if isinstance(found, str) else changed(found, lead=(shape[0], shape[1]))
     return _capped(value)
 
 

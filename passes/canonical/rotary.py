@@ -18,7 +18,7 @@ from effc.ir.rewrite.constants import new_integers, scalar
 from effc.ir.rewrite.dataflow import attribute_int, is_op, operands, producer, sole_consumer
 from effc.ir.rewrite.edit import insert, insert_value, replace
 from effc.ir.rewrite.shape_rules import axes_of, slice_bounds
-from effc.ir.rewrite.sizes import Size, same, same_shape, shape_of
+from effc.ir.rewrite.sizes import Size, same, same_shape, shape_of, shape_text
 
 OP = "RotaryEmbedding"
 
@@ -58,12 +58,14 @@ def match_rotary(node: ir.Node) -> RotarySite | str | None:
         x, cos, sin, interleaved = found
         shape = shape_of(x)
         if shape is None or len(shape) != 4 or not isinstance(shape[3], int):
-            return f"rotation found, but x has shape {shape}, not [batch, heads, seq, head_size]"
+            return f"rotation found, but x has shape {shape_text(shape)}, not [batch, heads, seq, head_size]"
+        reasons: list[str] = []
         for heads_last in (False, True):
-            reasons = [_unfit(table, shape, interleaved, heads_last) for table in (cos, sin)]
-            if reasons == [None, None]:
+            unfit = [_unfit(table, shape, interleaved, heads_last) for table in (cos, sin)]
+            if unfit == [None, None]:
                 return _widened(RotarySite(node.outputs[0], x, cos, sin, shape[3], interleaved, heads_last))
-        return next(reason for reason in reasons if reason is not None)
+            reasons += [reason for reason in unfit if reason is not None]
+        return reasons[0]
     return None
 
 
@@ -150,13 +152,13 @@ def _unfit(table: ir.Value, x_shape: tuple[Size, ...], interleaved: bool, heads_
     """Why a table of cosines or sines does not fit the standard operation; None when it does."""
     shape = shape_of(table)
     if shape is None or len(shape) not in (2, 3, 4):
-        return f"rotation found, but its table has shape {shape}"
+        return f"rotation found, but its table has shape {shape_text(shape)}"
     padded = (1,) * (4 - len(shape)) + shape
     heads, tokens = (2, 1) if heads_last else (1, 2)
     if padded[heads] != 1 or not same(padded[3], x_shape[3]) or not same(padded[tokens], x_shape[tokens]):
-        return f"rotation found, but its table of shape {shape} is not one row per token, shared by all heads"
+        return f"rotation found, but its table of shape {shape_text(shape)} is not one row per token for all heads"
     if not (padded[0] == 1 or same(padded[0], x_shape[0])):
-        return f"rotation found, but its table of shape {shape} has another batch size"
+        return f"rotation found, but its table of shape {shape_text(shape)} has another batch size"
     return (
         None
         if _repetition(table, interleaved) is not None

@@ -1,0 +1,6 @@
+"""Puts the helper modules of the canonical tests on the path."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "canonical"))
