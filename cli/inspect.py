@@ -79,7 +79,7 @@ def _weight_row(weight: Mapping[str, Any]) -> tuple[str, ...]:
 
 def _saving(weights: Mapping[str, Any]) -> str:
     def coded(key: str) -> float:
-        return sum(math.prod(one["shape"]) * one[key] / 8 for one in weights["tensors"])
+        return math.fsum(math.prod(one["shape"]) * one[key] / 8 for one in weights["tensors"])
 
     return (
         f"weights  {megabytes(weights['bytes'])}; coded without loss {megabytes(coded('storage_bits'))} on disk, "

@@ -64,10 +64,11 @@ class LazyGroup(click.Group):
         if cmd_name not in COMMANDS:
             return None
         try:
-            return importlib.import_module(COMMANDS[cmd_name]).command
+            command: click.Command = importlib.import_module(COMMANDS[cmd_name]).command
         except Exception as error:
             # Whatever is wrong with one command must not take the others along.
             return _broken(cmd_name, str(error))
+        return command
 
 
 def _broken(name: str, reason: str) -> click.Command:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +76,7 @@ def command(
     if output is None and not dry_run:
         raise UsageError("optimize needs a place for the engine. Name one with -o DIR, or ask for --dry-run.")
     plan = _chosen_recipe(passes, preset_name, recipe)
-    plan = replace(plan, target=target or plan.target or DEFAULT_TARGET, budget=budget or plan.budget)
-    limits = {"budget": plan.budget, "calibrate": calibrate}
+    limits: dict[str, Any] = {"budget": budget or plan.budget, "calibrate": calibrate}
     from effc.compiler import optimize
 
     with reporting(quiet=quiet) as reporter:
@@ -86,7 +84,7 @@ def command(
             model,
             output,
             passes=plan.passes,
-            target=plan.target,
+            target=target or plan.target or DEFAULT_TARGET,
             portable=portable,
             allow_noop=allow_noop,
             dry_run=dry_run,

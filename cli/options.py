@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import click
 
 Command = TypeVar("Command", bound=Callable[..., Any])
-Decorator = Callable[[Command], Command]
+Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 TASKS = ("causal-lm", "encoder", "vision", "vision-language", "generic")
 DTYPES = ("float32", "bfloat16", "float16")
