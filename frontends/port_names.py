@@ -93,7 +93,7 @@ def infer_task(graph: ir.Graph) -> Task:
         return Task.CAUSAL_LM
     if "pixel_values" in inputs and "input_ids" not in inputs:
         return Task.VISION
-    if "input_ids" in inputs and not cached and outputs & {*HIDDEN, "logits"}:
+    if "input_ids" in inputs and not any(map(_CACHE.search, inputs)) and outputs & {*HIDDEN, "logits"}:
         return Task.ENCODER
     return Task.GENERIC
 
