@@ -1,5 +1,7 @@
 """Analyses on a small gated decoder in canonical form, and costs against counts by hand."""
 
+import itertools
+
 import networkx as nx
 import numpy as np
 import onnx
@@ -62,7 +64,8 @@ def graph() -> ir.Graph:
     weights = ", ".join(f"float[{','.join(map(str, shape))}] {names[name]}" for name, shape in WEIGHTS.items())
     proto = onnx.parser.parse_model(
         f'<ir_version: 11, opset_import: ["" : 24]> g (int64[batch,seq] ids, float[batch,1,past,8] past_k, '
-        f"float[batch,1,past,8] past_v, {weights}) => (float[batch,seq,50] y, float[batch,1,t,8] pk, float[batch,1,t,8] pv) "
+        f"float[batch,1,past,8] past_v, {weights}) => "
+        "(float[batch,seq,50] y, float[batch,1,t,8] pk, float[batch,1,t,8] pv) "
         f"<int64[4] heads = {{0, 0, 2, 8}}, int64[4] kv = {{0, 0, 1, 8}}, int64[3] rows = {{0, 0, 16}}> {{ {body} }}"
     )
     result = ir.from_proto(proto).graph
@@ -137,9 +140,8 @@ def test_costs_by_hand(graph: ir.Graph) -> None:
 def test_critical_path(graph: ir.Graph) -> None:
     path = critical_path(graph, dict.fromkeys(graph, 1.0))
     assert path[-1].outputs[0].name == "y"
-    assert all(
-        any(value.producer() is before for value in node.inputs if value) for before, node in zip(path, path[1:])
-    )
+    for before, node in itertools.pairwise(path):
+        assert before in [value.producer() for value in node.inputs if value is not None]
 
 
 @pytest.mark.parametrize(

@@ -82,9 +82,9 @@ def test_contents_of_shapes_are_followed() -> None:
       d = Mul(t, h)
       a = Concat<axis = 0>(t, d, h)
     """
-    proto = onnx.parser.parse_model(
-        f'<ir_version: 11, opset_import: ["" : 24]> g (float[batch,seq,4] x, float[batch,2,past,4] c) => (int64[3] a) {{ {body} }}'
-    )
+    header = '<ir_version: 11, opset_import: ["" : 24]>'
+    inputs = "float[batch,seq,4] x, float[batch,2,past,4] c"
+    proto = onnx.parser.parse_model(f"{header} g ({inputs}) => (int64[3] a) {{ {body} }}")
     graph = ir.from_proto(proto).graph
     infer_graph(graph)
     assert [str(size) for size in content_of(graph.outputs[0])] == ["past + seq", "4*past + 4*seq", "4"]
