@@ -18,7 +18,7 @@ help: ## list the targets
 
 setup: $(VENV)/.effc $(VENV)/.models ## make .venv: effc (editable, kernels built), torch, developer tools, test models
 
-demo: setup ## compile, verify, run and measure Gemma 3 270M; writes demo/
+demo: setup kernels ## compile, verify, run and measure Gemma 3 270M; writes demo/
 	PATH="$(CURDIR)/$(BIN):$$PATH" sh examples/demo/demo.sh demo
 
 test: setup kernels ## run the tests that take seconds

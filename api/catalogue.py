@@ -89,7 +89,7 @@ def _default_text(item: dataclasses.Field[Any]) -> str:
     if item.default is dataclasses.MISSING:
         return "required" if item.default_factory is dataclasses.MISSING else str(item.default_factory())
     if isinstance(item.default, tuple):
-        return "|".join(map(str, item.default))
+        return "|".join(map(str, item.default)) or "none"
     if item.default is None or isinstance(item.default, bool):
         return str(item.default).lower()
     return str(item.default)

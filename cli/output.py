@@ -52,7 +52,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, title:
     console = stdout_console()
     with console.capture() as text:
         console.print(table)
-    click.echo(text.get(), nl=False)
+    click.echo("\n".join(line.rstrip() for line in text.get().splitlines()))
 
 
 def _escaped(text: str) -> str:
