@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import onnx
 import onnx_ir as ir
+
 from effc.errors import InputError, UsageError
 from effc.frontends.request import Request
 from effc.frontends.stored_dtype import parse

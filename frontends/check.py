@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+
 from effc.errors import ContractError
 from effc.frontends.causal_lm import takes_positions
 from effc.frontends.environment import require

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
+
 from effc.frontends import binding, check, twin
 from effc.frontends.architecture import Architecture, choose
 from effc.frontends.conversions import to_torch

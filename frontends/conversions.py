@@ -14,6 +14,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
+
 from effc.errors import InputError
 from effc.frontends.environment import require
 from effc.ir.weights import computed_tensor

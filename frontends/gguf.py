@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
+
 from effc.frontends import binding, checked, skeleton, twin
 from effc.frontends.architecture import choose
 from effc.frontends.assets import saved_tokenizer

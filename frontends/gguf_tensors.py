@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+
 from effc.frontends import conversions
 from effc.frontends.environment import require
 from effc.frontends.gguf_header import GgufHeader, GgufTensor

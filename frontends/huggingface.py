@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
+
 from effc.errors import InputError
 from effc.frontends import assets, binding, checked, conversions, skeleton, twin
 from effc.frontends.architecture import choose, load_config

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import onnx_ir as ir
+
 from effc.frontends import skeleton
 from effc.frontends.architecture import Architecture
 from effc.frontends.causal_lm import causal_lm_interface

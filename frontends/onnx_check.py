@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 import onnx_ir as ir
+
 from effc.frontends.check import MEMORY_LIMIT, Case, Runner, compare_case, float32_bytes
 from effc.frontends.sizes import BATCH, PAST, SEQ, TOTAL
 from effc.ir.program import Program

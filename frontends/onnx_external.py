@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import onnx_ir as ir
+
 from effc.errors import InputError
 from effc.ir.weights import file_tensor
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import onnx
 import onnx_ir as ir
+from onnx_ir.passes import common as passes
+
 from effc.errors import InputError, UsageError
 from effc.frontends import onnx_check, port_names, sizes
 from effc.frontends.hashing import model_hash, start_content_hash
@@ -17,7 +19,6 @@ from effc.frontends.opset import convert
 from effc.frontends.request import Request
 from effc.frontends.stored_dtype import cast
 from effc.ir.program import Program, Source, Task
-from onnx_ir.passes import common as passes
 
 PROTOBUF_LIMIT = (1 << 31) - 1
 CONSTANT_LIMIT = 1024

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import onnx
 import onnx_ir as ir
+
 from effc.frontends.environment import offline_and_quiet
 from effc.ir.program import OPSET
 

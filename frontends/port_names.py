@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import onnx_ir as ir
+
 from effc.frontends.sizes import BATCH, PAST, SEQ, TOTAL
 from effc.ir.program import Task
 

@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import onnx_ir as ir
+
 from effc.errors import InputError
 from effc.ir.weights import file_tensor
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import onnx_ir as ir
+
 from effc.errors import UsageError
 from effc.frontends.binding import Weights
 from effc.ir.weights import computed_tensor

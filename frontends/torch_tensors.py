@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import onnx_ir as ir
+
 from effc.frontends.binding import Weights
 from effc.frontends.conversions import ir_dtype, to_numpy
 from effc.ir.weights import computed_tensor

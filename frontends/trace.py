@@ -7,12 +7,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
 from effc.errors import InputError
 from effc.frontends import sizes
 from effc.frontends.environment import require
 from effc.frontends.interface import Interface
 from effc.ir.program import OPSET
-from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 _SUGGESTED_LIMIT = re.compile(r"^\s*(\w+) = Dim\('\w+', (?:min=\d+, )?max=(\d+)\)", re.MULTILINE)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+
 from effc.frontends.binding import Weights
 from effc.frontends.environment import require
 from effc.frontends.safetensors_index import read_checkpoint

@@ -93,7 +93,13 @@ ENCODERS = {
     ),
     "modernbert": lambda: t.ModernBertModel(
         t.ModernBertConfig(
-            **BERT, local_attention=8, global_attn_every_n_layers=2, cls_token_id=1, sep_token_id=2, eos_token_id=2, bos_token_id=1
+            **BERT,
+            local_attention=8,
+            global_attn_every_n_layers=2,
+            cls_token_id=1,
+            sep_token_id=2,
+            eos_token_id=2,
+            bos_token_id=1,
         )
     ),
     "mpnet": lambda: t.MPNetModel(t.MPNetConfig(**{**BERT, "pad_token_id": 1})),
