@@ -36,7 +36,8 @@ def backend(target: str) -> Backend:
         raise UsageError(f"unknown target {target!r}.{hint} Targets: {', '.join(sorted(_BACKENDS))}.")
     module, _, attribute = _BACKENDS[target].partition(":")
     try:
-        return getattr(importlib.import_module(module), attribute)()
+        chosen: Backend = getattr(importlib.import_module(module), attribute)()
+        return chosen
     except ImportError as error:
         raise MissingDependencyError(f"target {target!r} cannot be loaded: {error}.") from error
 

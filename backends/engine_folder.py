@@ -109,10 +109,10 @@ def seal(folder: Path, manifest: Manifest) -> Manifest:
     Returns:
         The manifest with `files` and `bytes.engine` filled in.
     """
-    files = {}
+    files: dict[str, dict[str, int | str]] = {}
     for path in sorted(folder.iterdir()):
         files[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-    total = sum(entry["bytes"] for entry in files.values())
+    total = sum(path.stat().st_size for path in folder.iterdir())
     manifest = replace(manifest, files=files, bytes={**manifest.bytes, "engine": total})
     with (folder / MANIFEST).open("w", encoding="utf-8") as file:
         file.write(manifest.to_json())

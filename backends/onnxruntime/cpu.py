@@ -7,14 +7,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
 
-import effc
 import onnx_ir as ir
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNodesPass, RemoveUnusedOpsetsPass
+
+import effc
 from effc import kernels
 from effc.backends.base import Backend, Progress
 from effc.backends.engine_folder import write_assets
 from effc.backends.onnxruntime.external_weights import write_external_weights
 from effc.backends.onnxruntime.interface import cache_layout, ports
-from effc.backends.onnxruntime.lower_attention import CONTRIB, lower_cached_attention
+from effc.backends.onnxruntime.lower_attention import is_in_place, lower_cached_attention
 from effc.backends.onnxruntime.widen_weights import widen_cast_weights
 from effc.errors import MissingDependencyError
 from effc.ir.analysis.weight_memory import weight_memory
@@ -22,7 +24,6 @@ from effc.ir.dialect import infer_dialect_types, is_dialect_node
 from effc.ir.dialect.inline import inline_dialect
 from effc.ir.program import Program
 from effc.runtime.bundle import Manifest
-from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNodesPass, RemoveUnusedOpsetsPass
 
 MODEL = "model.onnx"
 IR_VERSION = 11
@@ -66,7 +67,6 @@ class OnnxRuntimeCpu(Backend):
         program.model.producer_name, program.model.producer_version = "effc", effc.__version__
         ir.save(program.model, folder / MODEL)
         write_assets(program, folder)
-        in_place = any(node.domain == CONTRIB and node.op_type == "GroupQueryAttention" for node in graph)
         return Manifest(
             effc_version=effc.__version__,
             task=str(program.task),
@@ -76,7 +76,7 @@ class OnnxRuntimeCpu(Backend):
             model=MODEL,
             inputs=ports(program, graph.inputs),
             outputs=ports(program, graph.outputs),
-            cache=cache_layout(program, in_place=in_place),
+            cache=cache_layout(program, in_place=is_in_place(program)),
             pipeline=",".join(record.options for record in program.records if record.name != "lower"),
             passes=[_record(record) for record in program.records],
             source=_source(program),

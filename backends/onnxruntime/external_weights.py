@@ -6,7 +6,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
 import onnx_ir as ir
+
 from effc.backends.base import Progress
 from effc.ir.weights import tensor_shape
 
@@ -63,11 +65,18 @@ def _append(file: BinaryIO, tensor: ir.TensorProtocol, folder: Path) -> ir.Exter
     alignment = PAGE if tensor.nbytes >= PAGE else LINE
     file.write(b"\0" * (-file.tell() % alignment))
     offset = file.tell()
-    tensor.tofile(file)
+    file.write(_content(tensor))
     length = file.tell() - offset
     return ir.ExternalTensor(
         FILE_NAME, offset, length, tensor.dtype, shape=_shape(tensor), name=tensor.name or "", base_dir=folder
     )
+
+
+def _content(tensor: ir.TensorProtocol) -> bytes | memoryview:
+    """The bytes of a tensor. Not `tofile`: NumPy's does not say why a write failed."""
+    if tensor.dtype.bitwidth < 8:
+        return tensor.tobytes()
+    return np.ascontiguousarray(tensor.numpy()).reshape(-1).view(np.uint8).data
 
 
 def _renamed(tensor: ir.ExternalTensor, name: str, folder: Path) -> ir.ExternalTensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import onnx_ir as ir
+
 from effc.ir.program import Program
 from effc.runtime.bundle import CacheLayout, CachePort, Port
 

@@ -11,8 +11,10 @@ from collections.abc import Iterable
 
 import numpy as np
 import onnx_ir as ir
-from effc.ir.program import Program, Task
 from onnx_ir.tape import Tape
+
+from effc.ir.analysis.attention import AttentionSite, attention_sites
+from effc.ir.program import Program, Task
 
 CONTRIB = "com.microsoft"
 
@@ -24,55 +26,47 @@ def lower_cached_attention(program: Program) -> bool:
         Whether the cache is now in place: all cache tensors belong to lowered nodes.
     """
     graph = program.graph
-    nodes = [node for node in graph if node.op_type == "Attention" and node.domain == ""]
-    if program.task != Task.CAUSAL_LM or not all(_fits(node) for node in nodes):
+    sites = attention_sites(graph)
+    count = sum(node.op_type == "Attention" and node.domain == "" for node in graph)
+    if program.task != Task.CAUSAL_LM or len(sites) != count or not all(_fits(site) for site in sites):
         return False
     inputs = {value.name: value for value in graph.inputs}
-    cached = {value for node in nodes for value in node.inputs[4:6]}
     pairs = program.cache_pairs()
-    if not pairs or {past for past, _ in pairs} != cached or not {"input_ids", "attention_mask"} <= inputs.keys():
-        return False
-    presents = {value for node in nodes for value in node.outputs[1:3]}
-    if {present for _, present in pairs} != presents:
+    if not {"input_ids", "attention_mask"} <= inputs.keys() or set(pairs) != _cache_pairs(sites):
         return False
     lengths = _Lengths(graph, inputs["input_ids"], inputs["attention_mask"])
-    for tensor in (*cached, *presents):
+    for tensor in (value for pair in pairs for value in pair):
         lengths.replace_shapes_of(tensor)
-    biases: dict[ir.Value | None, ir.Value] = {}
-    for node in nodes:
-        _lower(node, lengths, biases)
+    causal = all(site.causal for site in sites)
+    biases: dict[ir.Value, ir.Value] = {}
+    for site in sites:
+        _lower(site, lengths, biases, causal)
     program.model.opset_imports[CONTRIB] = 1
-    return True
+    return bool(sites)
 
 
-def _fits(node: ir.Node) -> bool:
-    """Whether GroupQueryAttention computes the same: fp32, equal head sizes, a past, no further outputs."""
-    if len(node.inputs) < 6 or any(node.inputs[index] is None for index in (0, 1, 2, 4, 5)):
-        return False
-    if len(node.outputs) < 3 or any(output.uses() for output in node.outputs[3:]):
-        return False
-    if node.attributes.get_int("qk_matmul_output_mode", 0) or (len(node.inputs) > 6 and node.inputs[6] is not None):
-        return False
-    heads, kv_heads, key_size, value_size = _heads(node)
-    if not heads or not kv_heads or key_size is None or key_size != value_size:
-        return False
-    mask = node.inputs[3]
-    mask_fits = mask is None or (mask.shape is not None and len(mask.shape) in (2, 4))
-    return mask_fits and all(value is None or value.dtype == ir.DataType.FLOAT for value in node.inputs[:3])
+def _cache_pairs(sites: Iterable[AttentionSite]) -> set[tuple[ir.Value | None, ir.Value | None]]:
+    """The cache tensors of all sites, past with present."""
+    keys = {(site.past_key, site.present_key) for site in sites}
+    return keys | {(site.past_value, site.present_value) for site in sites}
 
 
-def _heads(node: ir.Node) -> tuple[int, int, int | None, int | None]:
-    """(query heads, key/value heads, key head size, value head size) of a node; sizes from the cache tensors."""
-    past_key, past_value, query = node.inputs[4], node.inputs[5], node.inputs[0]
-    sizes = [
-        value.shape[3] if value is not None and value.shape is not None else None for value in (past_key, past_value)
-    ]
-    key_size, value_size = (size if isinstance(size, int) else None for size in sizes)
-    kv_heads = past_key.shape[1] if past_key is not None and past_key.shape is not None else 0
-    heads = node.attributes.get_int("q_num_heads", 0)
-    if not heads and query is not None and query.shape is not None and len(query.shape) == 4:
-        heads = query.shape[1] if isinstance(query.shape[1], int) else 0
-    return heads, kv_heads if isinstance(kv_heads, int) else 0, key_size, value_size
+def is_in_place(program: Program) -> bool:
+    """Whether every cache input is read by a GroupQueryAttention, and by nothing else."""
+    readers = {use.node for past, _ in program.cache_pairs() for use in past.uses()}
+    return bool(readers) and all(node.domain == CONTRIB for node in readers)
+
+
+def _fits(site: AttentionSite) -> bool:
+    """Whether GroupQueryAttention computes the same: fp32, equal head sizes, a cache, no scores asked for."""
+    node = site.node
+    extra_input = len(node.inputs) > 6 and node.inputs[6] is not None
+    extra_output = any(output.uses() or output.is_graph_output() for output in node.outputs[3:])
+    mask_fits = site.mask is None or (site.mask.shape is not None and len(site.mask.shape) in (2, 4))
+    floats = all(value.dtype == ir.DataType.FLOAT for value in (site.q, site.k, site.v))
+    cached = site.past_key is not None and site.present_key is not None
+    plain = not extra_input and not extra_output
+    return cached and floats and mask_fits and plain and site.head_size == site.value_size
 
 
 class _Lengths:
@@ -89,6 +83,7 @@ class _Lengths:
         one = tape.op("Constant", [], {"value": ir.Tensor(np.array([1], np.int32), name="one")})
         empty = tape.op("Constant", [], {"value": ir.Tensor(np.array([], np.int64), name="scalar")})
         self.total_scalar = tape.op("Reshape", [total32, empty])
+        self.new = tape.op("Expand", [tape.op("Cast", [self.seq], {"to": int(ir.DataType.INT32)}), self.batch])
         self.last = tape.op("Expand", [tape.op("Sub", [total32, one]), self.batch])
         for node in reversed(list(tape.nodes)):
             graph.insert_before(graph[0], node)
@@ -112,33 +107,37 @@ class _Lengths:
             node.graph.remove(node, safe=True)
 
 
-def _lower(node: ir.Node, lengths: _Lengths, biases: dict[ir.Value | None, ir.Value]) -> None:
-    heads, kv_heads, size, _ = _heads(node)
-    query, key, value, mask, past_key, past_value = node.inputs[:6]
-    assert query is not None and key is not None and value is not None and size is not None and node.graph is not None
+def _lower(site: AttentionSite, lengths: _Lengths, biases: dict[ir.Value, ir.Value], causal: bool) -> None:
+    node, size = site.node, site.head_size
+    assert node.graph is not None
     tape = Tape()
-    packed = [
-        _packed(tape, query, heads * size),
-        _packed(tape, key, kv_heads * size),
-        _packed(tape, value, kv_heads * size),
+    inputs = [
+        _packed(tape, site.q, site.heads * size),
+        _packed(tape, site.k, site.kv_heads * size),
+        _packed(tape, site.v, site.kv_heads * size),
+        site.past_key,
+        site.past_value,
+        lengths.last,
+        lengths.total_scalar,
+        *(None,) * 3,
+        _bias(node.graph, site.mask, biases) if site.mask is not None else None,
+        # A batch may append several tokens to a cache only when it says how many, and only causally.
+        *((*(None,) * 5, lengths.new) if causal else ()),
     ]
-    bias = _bias(node, mask, biases)
-    is_causal = node.attributes.get_int("is_causal", 0)
     attributes = {
-        "num_heads": heads,
-        "kv_num_heads": kv_heads,
-        "causal": is_causal,
-        "scale": node.attributes.get_float("scale", None) or float(size**-0.5),
-        "softcap": node.attributes.get_float("softcap", 0.0),
+        "num_heads": site.heads,
+        "kv_num_heads": site.kv_heads,
+        "causal": int(causal),
+        "scale": float(site.scale),
+        "softcap": float(site.softcap),
     }
-    inputs = [*packed, past_key, past_value, lengths.last, lengths.total_scalar]
-    inputs += [None, None, None, bias] if bias is not None else []
     attention = ir.node("GroupQueryAttention", inputs, attributes, domain=CONTRIB, num_outputs=3, name=node.name)
-    for new, old in zip(attention.outputs, node.outputs[:3], strict=True):
-        new.dtype = old.dtype
-    attention.outputs[1].shape, attention.outputs[2].shape = node.outputs[1].shape, node.outputs[2].shape
+    for new, old in zip(attention.outputs[1:], node.outputs[1:3], strict=True):
+        new.type, new.shape = old.type, old.shape
+    attention.outputs[0].dtype = ir.DataType.FLOAT
     unpack = Tape()
-    result = attention.outputs[0] if _rank(query) == 3 else _unpacked(unpack, attention.outputs[0], heads, size)
+    result = _unpacked(unpack, attention.outputs[0], site.heads, size)
+    result.type, result.shape = site.output.type, site.output.shape
     names = [output.name for output in node.outputs[1:3]]
     ir.convenience.replace_nodes_and_values(
         node.graph,
@@ -152,14 +151,8 @@ def _lower(node: ir.Node, lengths: _Lengths, biases: dict[ir.Value | None, ir.Va
         output.name = name
 
 
-def _rank(value: ir.Value) -> int:
-    return len(value.shape) if value.shape is not None else 4
-
-
 def _packed(tape: Tape, value: ir.Value, width: int) -> ir.Value:
     """[batch, heads, seq, size] as [batch, seq, heads * size]; a transpose that made it is looked through."""
-    if _rank(value) == 3:
-        return value
     producer = value.producer()
     if (
         producer is not None
@@ -179,11 +172,10 @@ def _unpacked(tape: Tape, value: ir.Value, heads: int, size: int) -> ir.Value:
     return tape.op("Transpose", [tape.op("Reshape", [value, shape])], {"perm": [0, 2, 1, 3]})
 
 
-def _bias(node: ir.Node, mask: ir.Value | None, biases: dict[ir.Value | None, ir.Value]) -> ir.Value | None:
+def _bias(graph: ir.Graph | ir.Function, mask: ir.Value, biases: dict[ir.Value, ir.Value]) -> ir.Value:
     """The mask as additive fp32 [batch or 1, heads or 1, seq, total], made once per mask."""
-    if mask is None or (mask in biases):
-        return biases.get(mask)
-    assert node.graph is not None
+    if mask in biases:
+        return biases[mask]
     tape = Tape()
     bias = mask
     if mask.dtype == ir.DataType.BOOL:
@@ -195,7 +187,7 @@ def _bias(node: ir.Node, mask: ir.Value | None, biases: dict[ir.Value | None, ir
     if mask.shape is not None and len(mask.shape) == 2:
         axes = tape.op("Constant", [], {"value": ir.Tensor(np.array([0, 1], np.int64), name="axes")})
         bias = tape.op("Unsqueeze", [bias, axes])
-    _insert_after(node.graph, mask, tape.nodes)
+    _insert_after(graph, mask, tape.nodes)
     biases[mask] = bias
     return bias
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
+
 from effc.ir.weights import computed_tensor, is_weight, tensor_shape
 
 HALF_TYPES = (ir.DataType.BFLOAT16, ir.DataType.FLOAT16)
@@ -30,14 +31,34 @@ def widen_cast_weights(model: ir.Model) -> int:
         assert node.graph is not None
         node.graph.remove(node, safe=True)
         count += 1
-    for source in wide:
+    for source, value in wide.items():
+        _widen_lookups(source, value)
         if not source.uses() and source.name in graph.initializers:
-            del graph.initializers[source.name]
+            graph.initializers.pop(str(source.name))
     return count
 
 
+def _widen_lookups(source: ir.Value, wide: ir.Value) -> None:
+    """Let row lookups that are cast afterwards read the wide weight too, so that it is stored once."""
+    for node in [use.node for use in list(source.uses()) if use.node.op_type == "Gather" and use.idx == 0]:
+        rows = node.outputs[0]
+        casts = [use.node for use in rows.uses()]
+        if rows.is_graph_output() or not all(cast.op_type == "Cast" and _to_float(cast) for cast in casts):
+            continue
+        node.replace_input_with(0, wide)
+        rows.dtype = ir.DataType.FLOAT
+        for cast in casts:
+            cast.outputs[0].replace_all_uses_with(rows, replace_graph_outputs=True)
+            assert cast.graph is not None
+            cast.graph.remove(cast, safe=True)
+
+
+def _to_float(cast: ir.Node) -> bool:
+    return cast.attributes["to"].as_int() == ir.DataType.FLOAT
+
+
 def _widens(node: ir.Node, source: ir.Value) -> bool:
-    return source.dtype in HALF_TYPES and node.attributes["to"].as_int() == ir.DataType.FLOAT
+    return source.dtype in HALF_TYPES and _to_float(node)
 
 
 def _widened(graph: ir.Graph, source: ir.Value) -> ir.Value:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+
 from effc.errors import OutputError
 from effc.ir.store import Store
 from effc.ir.weights import file_tensor
@@ -31,7 +32,7 @@ def save_tensors(store: Store, key: str, arrays: Sequence[np.ndarray]) -> Path:
         file.write(len(header).to_bytes(8, "little"))
         file.write(header)
         for array in arrays:
-            np.ascontiguousarray(array).tofile(file)
+            file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     path = store.find(key)
     if path is None:
         raise OutputError(f"{store.folder}: the cache entry {key} vanished. Is another process clearing the cache?")

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import onnx_ir as ir
+
 from effc.errors import UsageError
 from effc.ir.dialect import is_dialect_node
 from effc.ir.dialect.stored_weight import StoredWeight, stored_weight

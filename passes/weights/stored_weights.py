@@ -10,6 +10,7 @@ from typing import ClassVar
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
+
 from effc.errors import UsageError
 from effc.ir.dialect.base import DOMAIN, VERSION
 from effc.ir.dialect.coded_gather import coded_gather
