@@ -168,7 +168,7 @@ def _number(dtype: str) -> int:
 def _layout_number(layout: str) -> int:
     if layout not in LAYOUTS:
         raise ValueError(f"unknown layout {layout!r}; choose one of {', '.join(LAYOUTS)}")
-    return LAYOUTS.index(layout)  # type: ignore[arg-type]
+    return LAYOUTS.index(layout)
 
 
 def _threads(threads: int | None) -> int:

@@ -7,12 +7,10 @@
 #include <cstdlib>
 #include <map>
 #include <mutex>
-#include <string_view>
 #include <thread>
 #include <tuple>
 
 #include "cpu/codec.h"
-#include "cpu/isa.h"
 
 namespace effc::ort {
 namespace {
@@ -44,10 +42,7 @@ Layout RuntimeLayout(const Spec& spec) {
     }
     return spec.dtype == Type::kFloat16 ? Layout::kRaw : layout;
   }
-  if (spec.dtype == Type::kFloat16) return Layout::kRaw;
-  const bool dense =
-      spec.dtype == Type::kBfloat16 && std::string_view(ActiveKernels().name) == "avx512";
-  return dense ? Layout::kRank3 : Layout::kRank4;
+  return spec.dtype == Type::kFloat16 ? Layout::kRaw : Layout::kRank4;
 }
 
 // Lets the system take back pages that will not be read again. Their content is kept.
