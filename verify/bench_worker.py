@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from effc.errors import EffcError
 from effc.runtime.generate import LOGITS_LIMIT
 from effc.runtime.kv_state import KvState

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
 from effc.verify.inputs import FeedShape, valid_positions
 from effc.verify.metrics import Difference, compare, finite, kl_divergence, merge
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from effc.errors import ContractError, InputError, UsageError
 from effc.runtime.limits import position_limit, text_config
 from effc.runtime.session import Engine

@@ -12,6 +12,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+
 from effc.errors import InputError
 from effc.runtime.bundle import Manifest, Port
 from effc.runtime.limits import position_limit, text_config

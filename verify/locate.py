@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+
 from effc.verify.inputs import FeedShape
 from effc.verify.snapshot import Snapshot
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 import onnx_ir.passes.common
+
 from effc.errors import InputError
 
 NULLARY_RANDOM = frozenset({"RandomNormal", "RandomUniform"})

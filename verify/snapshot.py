@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+
 from effc.errors import InputError
 from effc.ir.program import Program, Task
 from effc.runtime.bundle import Port

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
+
 from effc.errors import InputError
 from effc.runtime.kv_state import KvState
 from effc.runtime.session import Engine

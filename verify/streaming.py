@@ -12,10 +12,12 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import onnxruntime
+
 from effc.errors import InputError, MissingDependencyError
 from effc.ir.dialect import is_dialect_node
 from effc.ir.dialect.inline import inline_dialect
 from effc.verify.segments import Segment, plan, prepare, used_values
+from effc.verify.split_products import split_large_products
 
 DEFAULT_LIMIT = 256 << 20
 INLINE_BYTES = 1 << 12
@@ -38,8 +40,9 @@ def evaluate(
     are off), so a result does not depend on where the graph is cut, and two graphs that compute the same
     thing node by node give the same bits.
 
-    Memory: the weights of one segment (`limit`, or the largest weight when that is larger), their casts and
-    transposes, and the values that live between segments.
+    Memory: the weights of one segment with their casts and transposes (`limit`; when one weight is larger: that
+    weight as stored, and what is computed from it unless it is the weight of a plain product, which is then split by
+    rows), and the values that live between segments. The split depends on the limit: compare runs of one limit.
 
     Args:
         model: The graph; it is not changed. Weights keep their stored dtype.
@@ -55,6 +58,7 @@ def evaluate(
             without a reference body and the custom-op library is not there.
     """
     prepared, library = _executable(model)
+    split_large_products(prepared.graph, limit)
     segments = plan(prepared.graph, limit, observe=observe is not None)
     live: list[dict[str, Any]] = [{name: _ort_value(array) for name, array in feed.items()} for feed in feeds]
     for segment in segments:
@@ -191,10 +195,12 @@ def _add_weights(
         dims = tensor.shape.numpy()
         if name not in fixed:
             graph.input.append(onnx.helper.make_tensor_value_info(name, int(tensor.dtype), dims))
+        elif tensor.dtype == ir.DataType.STRING:
+            graph.initializer.append(ir.serde.serialize_tensor(tensor))
+            graph.initializer[-1].name = name
         elif _is_inline(tensor):
-            inline = ir.serde.serialize_tensor(tensor)
-            inline.name = name
-            graph.initializer.append(inline)
+            # Not `serialize_tensor`: it would keep a reference to a file.
+            graph.initializer.add(name=name, data_type=int(tensor.dtype), dims=dims, raw_data=tensor.tobytes())
         else:
             external[name] = _ort_value(tensor.numpy())
             entry = graph.initializer.add(

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 import onnx_ir as ir
+
 from effc.verify.segments import used_values
 
 CONTRACTIONS = {

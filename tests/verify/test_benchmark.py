@@ -2,11 +2,12 @@ from pathlib import Path
 
 import jsonschema
 import pytest
+from verify_models import causal_lm, encoder, write_engine
+from verify_schemas import schema
+
 from effc.errors import EngineError, UsageError
 from effc.verify.bench_worker import runs_for
 from effc.verify.benchmark import _Process, bench_engine, folder_bytes, ratios, spread
-from verify_models import causal_lm, encoder, write_engine
-from verify_schemas import schema
 
 
 @pytest.fixture(scope="module")

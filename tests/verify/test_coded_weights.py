@@ -2,13 +2,14 @@
 
 import onnx_ir as ir
 import pytest
+from onnx import TensorProto, helper
+from verify_models import OPSETS, linear, weight
+
 from effc.ir.program import Program, Source, Task
 from effc.passes.pipeline import run_pipeline
 from effc.passes.pipeline_text import parse_pipeline
 from effc.verify import streaming
 from effc.verify.contracts import ContractCheck
-from onnx import TensorProto, helper
-from verify_models import OPSETS, linear, weight
 
 TEXT = "stored-weights{{min-bytes=0}},lossless-weights{{min-bytes=0,min-saving=0,layout={layout}}}"
 

@@ -4,13 +4,14 @@ from typing import ClassVar
 import numpy as np
 import onnx_ir as ir
 import pytest
+from verify_models import causal_lm
+
 from effc.errors import ContractError
 from effc.ir.program import Program
 from effc.passes.base import Contract, Match, Pass, PassReport
 from effc.verify.budget import Budget
 from effc.verify.contracts import ContractCheck
 from effc.verify.inputs import FeedShape
-from verify_models import causal_lm
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,9 @@ import jsonschema
 import numpy as np
 import onnx_ir as ir
 import pytest
+from verify_models import causal_lm, encoder, write_engine
+from verify_schemas import measured_schema
+
 from effc.errors import ContractError, InputError, UsageError
 from effc.ir.program import Program
 from effc.runtime.session import Engine, load
@@ -12,8 +15,6 @@ from effc.verify.budget import Budget, parse_budget
 from effc.verify.evaluation import enforce_budget, verify_engine, windows
 from effc.verify.inputs import FeedShape, make_feed, manifest_interface
 from effc.verify.steps import run_at, window_logits
-from verify_models import causal_lm, encoder, write_engine
-from verify_schemas import measured_schema
 
 
 def perturbed(program: Program, factor: float) -> Program:

@@ -1,5 +1,7 @@
 import numpy as np
 import pytest
+from verify_models import VOCAB, causal_lm, encoder
+
 from effc.runtime.bundle import Port
 from effc.verify.inputs import (
     FeedShape,
@@ -11,7 +13,6 @@ from effc.verify.inputs import (
     valid_positions,
 )
 from effc.verify.snapshot import program_interface
-from verify_models import VOCAB, causal_lm, encoder
 
 
 def test_a_causal_model_gets_left_padding_and_counted_positions() -> None:

@@ -3,6 +3,10 @@ import math
 import ml_dtypes
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+
 from effc.verify.metrics import (
     Difference,
     compare,
@@ -12,9 +16,6 @@ from effc.verify.metrics import (
     negative_log_likelihood,
     same_bits,
 )
-from hypothesis import given
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as arrays
 
 NAN, INF = math.nan, math.inf
 

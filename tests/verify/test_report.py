@@ -4,10 +4,11 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from verify_models import encoder, write_engine
+
 from effc.errors import OutputError
 from effc.runtime.bundle import read_manifest
 from effc.verify.report import format_bytes, format_number, render_report, weight_rows, write_report
-from verify_models import encoder, write_engine
 
 RATE = {"median": 12.5, "min": 11.0, "max": 13.0}
 SIDE = {

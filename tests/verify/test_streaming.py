@@ -9,11 +9,13 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
-from effc.errors import InputError
-from effc.verify.segments import plan, prepare
-from effc.verify.streaming import evaluate
 from onnx import TensorProto, helper, numpy_helper
 from verify_models import OPSETS, causal_lm, causal_lm_proto, encoder_proto, linear, weight
+
+from effc.errors import InputError
+from effc.verify.segments import plan, prepare
+from effc.verify.split_products import split_large_products
+from effc.verify.streaming import evaluate
 
 
 def model(nodes, inputs, outputs, weights) -> ir.Model:
@@ -63,6 +65,19 @@ def test_several_feeds_of_different_shapes_at_once() -> None:
     results = evaluate(ir.from_proto(proto), feeds, limit=1)
     for feed, outputs in zip(feeds, results):
         assert outputs["pooled"].tobytes() == whole(proto, feed)["pooled"].tobytes()
+
+
+@pytest.mark.parametrize(("limit", "blocks"), [(1, 3), (10 * 2500 * 256, 2), (1 << 30, 1)])
+@pytest.mark.parametrize("rows", [1, 3, 70])
+def test_large_products_are_split_and_keep_their_bits(limit: int, blocks: int, rows: int) -> None:
+    nodes = [helper.make_node("Neg", ["x"], ["n"]), *linear("n", "w", "y")]
+    graph = model(nodes, [floats("x", "m", 256)], [floats("y", "m", 3077)], [weight("w", 3077, 256)])
+    prepared = prepare(graph.clone()).graph
+    assert split_large_products(prepared, limit) == (blocks > 1)
+    assert sum(node.op_type == "MatMul" for node in prepared) == blocks
+    feed = {"x": np.random.default_rng(0).standard_normal((rows, 256)).astype(np.float32)}
+    [outputs], [expected] = evaluate(graph, [feed], limit=limit), evaluate(graph, [feed])
+    assert outputs["y"].tobytes() == expected["y"].tobytes()
 
 
 def test_a_small_limit_makes_many_segments_and_keeps_no_cast_between_them() -> None:
@@ -184,6 +199,30 @@ def test_local_functions_travel_with_their_calls() -> None:
     proto = helper.make_model(graph, functions=[function], opset_imports=opsets, ir_version=11)
     [results] = evaluate(ir.from_proto(proto), [{"x": np.ones(2, np.float32)}])
     np.testing.assert_array_equal(results["y"], [2, 2])
+
+
+def test_external_data_of_any_size(tmp_path: Path) -> None:
+    proto, feed = encoder_proto(), ids_feed(2, 3)
+    expected = whole(proto, feed)
+    ir.save(ir.from_proto(proto), tmp_path / "model.onnx", external_data="weights.bin", size_threshold_bytes=0)
+    [outputs] = evaluate(ir.load(tmp_path / "model.onnx"), [feed])
+    assert outputs["pooled"].tobytes() == expected["pooled"].tobytes()
+
+
+def test_four_bit_and_string_weights() -> None:
+    packed = helper.make_tensor("w", TensorProto.INT4, [3], [-8, 7, 1])
+    words = helper.make_tensor("words", TensorProto.STRING, [2], [b"a", b"b"])
+    nodes = [
+        helper.make_node("DequantizeLinear", ["w", "scale"], ["y"]),
+        helper.make_node("Mul", ["y", "x"], ["z"]),
+        helper.make_node("Gather", ["words", "at"], ["picked"]),
+    ]
+    outputs = [floats("z", 3), helper.make_tensor_value_info("picked", TensorProto.STRING, [1])]
+    inputs = [floats("x", 3), helper.make_tensor_value_info("at", TensorProto.INT64, [1])]
+    graph = model(nodes, inputs, outputs, [packed, words, numpy_helper.from_array(np.float32(0.5), "scale")])
+    [results] = evaluate(graph, [{"x": np.ones(3, np.float32), "at": np.array([1])}])
+    np.testing.assert_array_equal(results["z"], [-4, 3.5, 0.5])
+    assert results["picked"].tolist() == ["b"]
 
 
 def test_a_node_before_its_producer_is_refused() -> None:

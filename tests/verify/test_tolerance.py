@@ -1,10 +1,11 @@
 import numpy as np
 import onnx_ir as ir
 import pytest
+from verify_models import causal_lm
+
 from effc.verify.inputs import FeedShape
 from effc.verify.snapshot import Snapshot
 from effc.verify.tolerance import contraction_depth, equivalence_tolerance
-from verify_models import causal_lm
 
 
 def test_depth_counts_the_longest_path() -> None:

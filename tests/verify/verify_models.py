@@ -8,10 +8,12 @@ import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir as ir
+from onnx import TensorProto, helper, numpy_helper
+
 from effc.backends import backend
 from effc.backends.engine_folder import new_engine_folder, seal
 from effc.ir.program import Program, Source, Task
-from onnx import TensorProto, helper, numpy_helper
+from effc.passes.pipeline import run_pipeline
 
 VOCAB, HIDDEN, HEADS, HEAD = 37, 16, 2, 8
 OPSETS = [helper.make_opsetid("", 24)]
@@ -132,8 +134,9 @@ def causal_lm(layers: int = 2) -> Program:
 
 
 def write_engine(program: Program, folder: Path, *, portable: bool = False) -> Path:
-    """An engine folder by the ort-cpu backend."""
+    """An engine folder by the ort-cpu backend, from the canonical form."""
     lower = backend("ort-cpu")
+    run_pipeline(program, ())
     lowered = lower.lower(program, portable=portable)
     with new_engine_folder(folder) as partial:
         seal(partial, lower.write(lowered, partial, portable=portable))
