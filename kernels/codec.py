@@ -15,8 +15,9 @@ from typing import Any, Literal
 
 import ml_dtypes
 import numpy as np
-from effc.kernels import load
 from numpy.typing import NDArray
+
+from effc.kernels import load
 
 __all__ = [
     "CHUNK",

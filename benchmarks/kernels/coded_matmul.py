@@ -17,9 +17,10 @@ import ml_dtypes
 import numpy as np
 import onnx
 import onnxruntime as ort
+from onnx import TensorProto, helper
+
 from effc import kernels
 from effc.kernels import codec
-from onnx import TensorProto, helper
 
 TYPES = {
     np.dtype(np.uint8): TensorProto.UINT8,
@@ -127,7 +128,8 @@ def measure(shape: tuple[int, int], xs: Sequence[int], threads: int, rounds: int
             for name, run in runs.items():
                 times[name].append(run())
         bandwidth = statistics.median(reads)
-        print(f"{copies} x {rows}x{columns}, {m} rows of x, read {bandwidth / 1e9:.1f} (best {max(reads) / 1e9:.1f}) GB/s")
+        read = f"read {bandwidth / 1e9:.1f} (best {max(reads) / 1e9:.1f}) GB/s"
+        print(f"{copies} x {rows}x{columns}, {m} rows of x, {read}")
         for name in runs:
             speed = total / statistics.median(times[name])
             limit = bandwidth * 8 / bits[name]

@@ -337,10 +337,12 @@ std::array<uint8_t, 256> CodeOfExponent(const Histogram& histogram, Layout layou
   return codes;
 }
 
-void PackRow4(const uint8_t* codes, uint8_t* out, int64_t stride) {
-  for (int64_t i = 0; i < stride; ++i) {
-    const int64_t at = i / (kTile / 2) * kTile + i % (kTile / 2);
-    out[i] = static_cast<uint8_t>(codes[at] | codes[at + kTile / 2] << 4);
+void PackRow4(const uint8_t* __restrict codes, uint8_t* __restrict out, int64_t stride) {
+  constexpr int64_t kHalf = kTile / 2;
+  for (int64_t tile = 0; tile < stride; tile += kHalf, codes += kTile) {
+    for (int64_t j = 0; j < kHalf; ++j) {
+      out[tile + j] = static_cast<uint8_t>(codes[j] | codes[j + kHalf] << 4);
+    }
   }
 }
 
@@ -367,7 +369,10 @@ class RankWriter {
   // Returns the number of escapes of the row.
   int32_t Write(const uint8_t* exponents, uint8_t* out, std::vector<uint8_t>& escapes) {
     const uint8_t escape = wide_ ? kRank4Escape : kRank3Escape;
-    for (int64_t i = 0; i < spec_.columns; ++i) padded_[i] = code_of_[exponents[i]];
+    uint8_t* const codes = padded_.data();
+    const uint8_t* const code_of = code_of_.data();
+    const int64_t columns = spec_.columns;
+    for (int64_t i = 0; i < columns; ++i) codes[i] = code_of[exponents[i]];
     const size_t before = escapes.size();
     AppendEscapes(exponents, escape, escapes);
     wide_ ? PackRow4(padded_.data(), out, stride_) : PackRow3(padded_.data(), out, stride_);
@@ -376,12 +381,15 @@ class RankWriter {
 
  private:
   void AppendEscapes(const uint8_t* exponents, uint8_t escape, std::vector<uint8_t>& escapes) {
-    for (int64_t block = 0; block < spec_.columns; block += 32) {
-      const int64_t end = std::min(block + 32, spec_.columns);
-      bool any = false;
-      for (int64_t i = block; i < end; ++i) any |= padded_[i] == escape;
-      for (int64_t i = block; any && i < end; ++i) {
-        if (padded_[i] == escape) escapes.push_back(exponents[i]);
+    const uint8_t* const codes = padded_.data();
+    const int64_t columns = spec_.columns;
+    for (int64_t begin = 0; begin < columns; begin += 32) {
+      const int64_t end = std::min(begin + 32, columns);
+      uint8_t any = 0;
+      for (int64_t i = begin; i < end; ++i) any |= codes[i] == escape;
+      if (!any) continue;
+      for (int64_t i = begin; i < end; ++i) {
+        if (codes[i] == escape) escapes.push_back(exponents[i]);
       }
     }
   }

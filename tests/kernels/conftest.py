@@ -9,9 +9,10 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+from onnx import TensorProto, helper
+
 from effc import kernels
 from effc.kernels import codec
-from onnx import TensorProto, helper
 
 TYPES = {
     np.dtype(np.uint8): TensorProto.UINT8,

@@ -8,10 +8,11 @@ import math
 import ml_dtypes
 import numpy as np
 import pytest
-from effc import kernels
-from effc.kernels import codec
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from effc import kernels
+from effc.kernels import codec
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 PATTERNS = np.arange(65536, dtype=np.uint16)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 import pytest
+
 from effc.kernels import codec
 
 BF16 = np.dtype(ml_dtypes.bfloat16)

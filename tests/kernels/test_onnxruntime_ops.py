@@ -5,9 +5,10 @@ from __future__ import annotations
 import ml_dtypes
 import numpy as np
 import pytest
+from onnx import TensorProto
+
 from effc import kernels
 from effc.kernels import codec
-from onnx import TensorProto
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 SHAPE = (600, 136)

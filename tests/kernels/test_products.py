@@ -9,6 +9,7 @@ import sys
 import ml_dtypes
 import numpy as np
 import pytest
+
 from effc import kernels
 from effc.kernels import codec
 
