@@ -115,9 +115,8 @@ def _detach(value: ir.Value) -> None:
     """Keep a buffer's values as a numpy copy, so that the graph holds on to no torch storage."""
     assert value.const_value is not None
     tensor = value.const_value
-    value.const_value = ir.Tensor(
-        np.array(tensor.numpy(), copy=True), dtype=tensor.dtype, shape=ir.Shape(tensor.shape), name=value.name
-    )
+    array = np.array(tensor.numpy(), copy=True)
+    value.const_value = ir.Tensor(array, dtype=tensor.dtype, shape=ir.Shape(array.shape), name=value.name)
 
 
 def replace_weight(graph: ir.Graph, value: ir.Value, name: str, tensor: ir.TensorProtocol) -> None:
@@ -125,7 +124,8 @@ def replace_weight(graph: ir.Graph, value: ir.Value, name: str, tensor: ir.Tenso
     assert value.const_value is not None
     wanted = value.const_value.dtype
     graph.initializers.pop(value.name or "")
-    weight = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape), const_value=tensor)
+    shape = ir.Shape(tensor.shape)  # type: ignore[arg-type]
+    weight = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=shape, const_value=tensor)
     graph.register_initializer(weight)
     if tensor.dtype == wanted:
         ir.convenience.replace_all_uses_with(value, weight, replace_graph_outputs=True)

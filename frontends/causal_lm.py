@@ -24,7 +24,7 @@ def causal_lm_interface(model: Any) -> Interface:
     Raises:
         InputError: The model keeps a state that is no key-value cache (state-space and hybrid models).
     """
-    torch = require("torch", "Importing a language model")
+    torch: Any = require("torch", "Importing a language model")
     shapes = cache_shapes(model)
     inputs = {
         "input_ids": torch.zeros(EXAMPLE_BATCH, EXAMPLE_SEQ, dtype=torch.int64),
@@ -50,7 +50,7 @@ def takes_positions(model: Any) -> bool:
 
 
 def _wrap(model: Any) -> Any:
-    torch = require("torch", "Importing a language model")
+    torch: Any = require("torch", "Importing a language model")
     from transformers import DynamicCache
 
     positions = takes_positions(model)
@@ -80,12 +80,12 @@ def cache_shapes(model: Any) -> list[tuple[tuple[int, int], tuple[int, int]]]:
 
     Found by running the model once on fake tensors: no configuration states it for all architectures.
     """
-    torch = require("torch", "Importing a language model")
+    torch: Any = require("torch", "Importing a language model")
     from torch._subclasses.fake_tensor import FakeTensorMode
     from transformers import DynamicCache
     from transformers.exporters.exporter_onnx import use_experts_implementation
 
-    cache = DynamicCache()
+    cache: Any = DynamicCache()
     try:
         # Of the expert products only the batched one runs on fake tensors.
         experts = use_experts_implementation(model, "batched_mm")
@@ -95,7 +95,8 @@ def cache_shapes(model: Any) -> list[tuple[tuple[int, int], tuple[int, int]]]:
     except Exception as error:
         reason = f"a trial run failed ({type(error).__name__}: {str(error)[:300]})"
         raise InputError(_no_cache(model, reason)) from error
-    if getattr(output, "past_key_values", None) is not cache or not cache.layers:
+    filled: Any = getattr(output, "past_key_values", None)
+    if filled is not cache or not cache.layers:
         raise InputError(_no_cache(model, "it does not fill a key-value cache"))
     shapes = []
     for number, layer in enumerate(cache.layers):

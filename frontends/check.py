@@ -93,7 +93,11 @@ class Runner:
         self._model = model
 
     def open(self) -> Runner:
-        """Make the session; `with` does it too."""
+        """Make the session; `with` does it too.
+
+        Raises:
+            ContractError: onnxruntime refuses the graph.
+        """
         import onnxruntime
 
         self._folder = tempfile.TemporaryDirectory(prefix="effc-check-")
@@ -103,9 +107,10 @@ class Runner:
         options.log_severity_level = 3
         try:
             self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        except Exception:
+        except Exception as error:
             self._folder.cleanup()
-            raise
+            reason = " ".join(str(error).split())[:300]
+            raise ContractError(f"onnxruntime does not load the graph: {reason}.") from error
         self.outputs = [output.name for output in self.session.get_outputs()]
         self.inputs = {item.name for item in self.session.get_inputs()}
         return self
@@ -118,9 +123,17 @@ class Runner:
         self._folder.cleanup()
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Outputs by name; feeds the graph has no input for are left out."""
+        """Outputs by name; feeds the graph has no input for are left out.
+
+        Raises:
+            ContractError: onnxruntime cannot run the graph on them.
+        """
         used = {name: array for name, array in feeds.items() if name in self.inputs}
-        return dict(zip(self.outputs, self.session.run(None, used), strict=True))
+        try:
+            return dict(zip(self.outputs, self.session.run(None, used), strict=True))
+        except Exception as error:
+            reason = " ".join(str(error).split())[:300]
+            raise ContractError(f"onnxruntime does not run the graph: {reason}.") from error
 
 
 def compare_case(program: Program, case: Case, actual: Mapping[str, np.ndarray]) -> float:
@@ -195,7 +208,7 @@ def _causal_feeds(
 
 def _causal_reference(module: Any, ids: np.ndarray, mask: np.ndarray, positions: np.ndarray) -> np.ndarray:
     """Logits of one run over the whole text without a cache."""
-    torch = require("torch", "Comparing with torch")
+    torch: Any = require("torch", "Comparing with torch")
     extra = {"position_ids": torch.from_numpy(positions)} if takes_positions(module) else {}
     with torch.no_grad():
         output = module(
@@ -257,7 +270,7 @@ def _array_cases(module: Any, interface: Interface, name: str) -> Iterator[Case]
 
 
 def _reference(module: Any, interface: Interface, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    torch = require("torch", "Comparing with torch")
+    torch: Any = require("torch", "Comparing with torch")
     with torch.no_grad():
         output = module(**{name: torch.from_numpy(array) for name, array in feeds.items()})
     return {name: getattr(output, name).float().numpy() for name in interface.outputs}

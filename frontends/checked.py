@@ -9,6 +9,7 @@ from typing import Any
 
 import onnx_ir as ir
 
+from effc.errors import InputError
 from effc.frontends import binding, check, twin
 from effc.frontends.architecture import Architecture, choose
 from effc.frontends.conversions import to_torch
@@ -63,22 +64,32 @@ def compare(
 
 
 def from_folder(architecture: Architecture, folder: Path, lowered: Lowered) -> Any:
-    """The torch module with the checkpoint's weights, loaded by transformers, float32."""
-    torch = require("torch", "Comparing with torch")
-    model = architecture.model_class.from_pretrained(
-        str(folder),
-        config=architecture.config,
-        dtype=torch.float32,
-        attn_implementation=lowered.whole.config._attn_implementation,
-        trust_remote_code=False,
-        local_files_only=True,
-    )
+    """The torch module with the checkpoint's weights, loaded by transformers, float32.
+
+    Raises:
+        InputError: transformers does not load it.
+    """
+    torch: Any = require("torch", "Comparing with torch")
+    try:
+        model = architecture.model_class.from_pretrained(
+            str(folder),
+            config=architecture.config,
+            dtype=torch.float32,
+            attn_implementation=lowered.whole.config._attn_implementation,
+            trust_remote_code=False,
+            local_files_only=True,
+        )
+    except Exception as error:
+        raise InputError(
+            f"{folder}: transformers cannot load the checkpoint to compare with "
+            f"({type(error).__name__}: {str(error)[:200]})."
+        ) from error
     return traced_part(model.eval(), architecture)
 
 
 def filled(module: Any, weights: binding.Weights) -> Any:
     """The traced module with the given weights in float32."""
-    torch = require("torch", "Comparing with torch")
+    torch: Any = require("torch", "Comparing with torch")
     tensors = dict(weights.tensors)
     tensors.update({name: tensors[source] for name, source in weights.ties.items() if source in tensors})
     own = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers())

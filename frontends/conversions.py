@@ -77,7 +77,7 @@ class _Group:
 
     def tensors(self) -> dict[str, ir.TensorProtocol]:
         """The parameters this group makes, each computed from its sources when asked."""
-        torch = require("torch", "Converting a checkpoint")
+        torch: Any = require("torch", "Converting a checkpoint")
         try:
             shapes = self._run(
                 lambda tensor: torch.empty(tuple(tensor.shape), dtype=_torch_dtype(tensor), device="meta")
@@ -128,7 +128,7 @@ def ir_dtype(tensor: Any) -> ir.DataType:
 
 def to_torch(tensor: ir.TensorProtocol) -> Any:
     """A torch tensor with the bytes of a tensor of the graph."""
-    torch = require("torch", "Reading a tensor")
+    torch: Any = require("torch", "Reading a tensor")
     array = np.ascontiguousarray(tensor.numpy())
     dtype = _torch_dtype(tensor)
     if array.ndim == 0:
@@ -141,7 +141,7 @@ def to_torch(tensor: ir.TensorProtocol) -> Any:
 
 def to_numpy(tensor: Any) -> np.ndarray:
     """A numpy array with the bytes of a torch tensor; bfloat16 and float8 become their ml_dtypes."""
-    torch = require("torch", "Reading a tensor")
+    torch: Any = require("torch", "Reading a tensor")
     tensor = tensor.detach().contiguous()
     extra = {
         torch.bfloat16: ml_dtypes.bfloat16,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+from effc.errors import InputError
 from effc.frontends.environment import require
 from effc.frontends.interface import Interface
 from effc.frontends.sizes import BATCH, SEQ
@@ -19,8 +20,11 @@ def encoder_interface(model: Any) -> Interface:
     Inputs: input_ids, attention_mask, token_type_ids (when the model has them), int64[batch,seq];
     or input_features float32[batch, mel bins, frames] for audio.
     Outputs: last_hidden_state float32[batch,seq,hidden]; a model with a head gives logits instead.
+
+    Raises:
+        InputError: The model needs other inputs, or gives no known output.
     """
-    torch = require("torch", "Importing an encoder")
+    torch: Any = require("torch", "Importing an encoder")
     if model.main_input_name in ("input_features", "input_values"):
         return _audio_interface(model)
     names = ["input_ids", "attention_mask"]
@@ -41,7 +45,7 @@ def takes_token_types(model: Any) -> bool:
 
 
 def _audio_interface(model: Any) -> Interface:
-    torch = require("torch", "Importing an encoder")
+    torch: Any = require("torch", "Importing an encoder")
     bins = model.config.num_mel_bins
     frames = 2 * getattr(model.config, "max_source_positions", 1500)
     inputs = {"input_features": torch.zeros(EXAMPLE_BATCH, bins, frames)}
@@ -57,18 +61,30 @@ def _interface(task: Task, model: Any, inputs: dict[str, Any], axes: Any) -> Int
 
 def produced(model: Any, inputs: dict[str, Any]) -> tuple[str, ...]:
     """Which of last_hidden_state, logits, image_embeds, text_embeds the model returns, found on fake tensors."""
-    torch = require("torch", "Importing an encoder")
+    torch: Any = require("torch", "Importing an encoder")
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
-        output = model(**{name: torch.empty_like(tensor) for name, tensor in inputs.items()})
+    try:
+        with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+            output = model(**{name: torch.empty_like(tensor) for name, tensor in inputs.items()})
+    except Exception as error:
+        raise InputError(
+            f"{type(model).__name__}: does not run on {', '.join(inputs)} alone ({type(error).__name__}: "
+            f"{str(error)[:200]}). Export it with the inputs it needs and pass the ExportedProgram."
+        ) from error
     candidates = ("last_hidden_state", "logits", "image_embeds", "text_embeds")
-    return tuple(name for name in candidates if getattr(output, name, None) is not None)
+    found = tuple(name for name in candidates if getattr(output, name, None) is not None)
+    if not found:
+        raise InputError(
+            f"{type(model).__name__}: returns none of {', '.join(candidates)}. "
+            "Export it with the outputs you need and pass the ExportedProgram."
+        )
+    return found
 
 
 def wrap(model: Any, inputs: tuple[str, ...], outputs: tuple[str, ...]) -> Any:
     """A module with positional inputs that returns the named outputs as a tuple."""
-    torch = require("torch", "Importing an encoder")
+    torch: Any = require("torch", "Importing an encoder")
 
     class Encoder(torch.nn.Module):
         def __init__(self) -> None:

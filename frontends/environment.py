@@ -28,23 +28,31 @@ def require(module: str, reason: str) -> ModuleType:
 
 
 @contextlib.contextmanager
-def offline_and_quiet() -> Iterator[None]:
-    """No network, no warnings, no progress bars from torch, transformers and huggingface_hub in this block.
+def quiet() -> Iterator[None]:
+    """No warnings and no log lines below errors from any library in this block.
 
     Everything the user must know goes into the notes of the program, not into other libraries' logs.
     """
-    names = ("HF_HUB_OFFLINE", "HF_HUB_DISABLE_PROGRESS_BARS", "TRANSFORMERS_NO_ADVISORY_WARNINGS")
-    saved = {name: os.environ.get(name) for name in names}
     disabled = logging.root.manager.disable
-    os.environ.update(dict.fromkeys(names, "1"))
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with _no_progress_bars():
-                yield
+            yield
     finally:
         logging.disable(disabled)
+
+
+@contextlib.contextmanager
+def offline_and_quiet() -> Iterator[None]:
+    """`quiet`, and no network and no progress bars from transformers and huggingface_hub in this block."""
+    names = ("HF_HUB_OFFLINE", "HF_HUB_DISABLE_PROGRESS_BARS", "TRANSFORMERS_NO_ADVISORY_WARNINGS")
+    saved = {name: os.environ.get(name) for name in names}
+    os.environ.update(dict.fromkeys(names, "1"))
+    try:
+        with quiet(), _no_progress_bars():
+            yield
+    finally:
         for name, value in saved.items():
             if value is None:
                 os.environ.pop(name, None)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import onnx_ir as ir
 
+from effc.errors import ContractError
 from effc.frontends.check import MEMORY_LIMIT, Case, Runner, compare_case, float32_bytes
 from effc.frontends.sizes import BATCH, PAST, SEQ, TOTAL
 from effc.ir.program import Program
@@ -33,11 +34,12 @@ def compare(program: Program, original: ir.Model, progress: Callable[[str], None
     if float32_bytes(program) > MEMORY_LIMIT:
         return f"Not compared with the original: more than {MEMORY_LIMIT >> 20} MiB of float32 weights."
     progress("comparing with the original")
-    compared, refused = [], ""
+    compared: list[str] = []
+    refused = ""
     try:
         runner = Runner(original).open()
-    except Exception as error:
-        return f"Not compared with the original: onnxruntime does not load it ({' '.join(str(error).split())[:200]})."
+    except ContractError as error:
+        return f"Not compared with the original: {str(error)[:250]}"
     worst = 0.0
     with runner, Runner(program.model) as imported:
         for shape in SHAPES:
@@ -45,8 +47,8 @@ def compare(program: Program, original: ir.Model, progress: Callable[[str], None
             given = {old.name or "": feeds[new.name or ""] for old, new in zip(_ports(original), program.graph.inputs)}
             try:
                 values = runner.run(given)
-            except Exception as error:
-                refused = " ".join(str(error).split())[:200]
+            except ContractError as error:
+                refused = str(error)[:250]
                 continue
             names = [output.name or "" for output in program.graph.outputs]
             case = Case(f"{shape}", feeds, dict(zip(names, values.values(), strict=True)))

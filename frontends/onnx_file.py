@@ -146,9 +146,8 @@ def _raise_constants(model: ir.Model) -> int:
         name = output.name or f"constant_{count}"
         while name in model.graph.initializers:
             name += "_"
-        weight = ir.Value(
-            name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape), const_value=tensor
-        )
+        shape = ir.Shape(tensor.shape)  # type: ignore[arg-type]
+        weight = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=shape, const_value=tensor)
         output.name = f"{name}.constant"
         ir.convenience.replace_all_uses_with(output, weight)
         assert node.graph is not None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx
 import onnx_ir as ir
 
-from effc.frontends.environment import offline_and_quiet
+from effc.frontends.environment import quiet
 from effc.ir.program import OPSET
 
 FIRST_NATIVE = 18
@@ -26,7 +26,7 @@ def convert(model: ir.Model) -> list[str]:
     if version > OPSET:
         return [f"The model stays at opset {version}: there is no converter down to {OPSET}."]
     try:
-        with offline_and_quiet():
+        with quiet():
             if version < FIRST_NATIVE:
                 _convert_old(model)
             _convert_native(model)

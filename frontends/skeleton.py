@@ -23,7 +23,7 @@ def build(model_class: Any, config: Any) -> tuple[Any, tuple[str, ...]]:
     Raises:
         InputError: The configuration does not make a model.
     """
-    torch = require("torch", "Building a model")
+    torch: Any = require("torch", "Building a model")
     from transformers.initialization import no_init_weights
 
     notes: tuple[str, ...] = ()
@@ -41,7 +41,7 @@ def build(model_class: Any, config: Any) -> tuple[Any, tuple[str, ...]]:
 
 
 def _from_config(model_class: Any, config: Any, attention: str) -> Any:
-    torch = require("torch", "Building a model")
+    torch: Any = require("torch", "Building a model")
     return model_class._from_config(config, attn_implementation=attention, dtype=torch.float32)
 
 

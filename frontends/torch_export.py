@@ -33,7 +33,7 @@ def import_pt2(path: Path, request: Request) -> Program:
         InputError: The file is damaged, of another version, or carries code or pickled objects.
         ContractError: The graph computes something else than torch.
     """
-    torch = require("torch", "Reading a .pt2 file")
+    torch: Any = require("torch", "Reading a .pt2 file")
     request.progress(f"reading {path}")
     _check_archive(path)
     with offline_and_quiet(), _tensors_only():
@@ -88,7 +88,7 @@ def import_torch(model: Any, example_inputs: Any, request: Request) -> Program:
         InputError: It cannot be exported.
         ContractError: The graph computes something else than torch.
     """
-    torch = require("torch", "Importing a torch model")
+    torch: Any = require("torch", "Importing a torch model")
     with offline_and_quiet():
         if isinstance(model, torch.export.ExportedProgram):
             return import_exported(model, request)
@@ -139,7 +139,7 @@ def import_exported(exported: Any, request: Request) -> Program:
 
 
 def _check(program: Program, exported: Any, request: Request) -> str:
-    torch = require("torch", "Comparing with torch")
+    torch: Any = require("torch", "Comparing with torch")
     if exported.example_inputs is None:
         return "Not compared with torch: the exported program has no example inputs."
     if not check.fits(program):

@@ -60,7 +60,7 @@ def import_module(model: Any, example_inputs: Any, request: Request) -> Program:
 
 
 def _examples(model: Any, given: Any, name: str) -> dict[str, Any]:
-    torch = require("torch", "Importing a torch model")
+    torch: Any = require("torch", "Importing a torch model")
     if isinstance(given, Mapping):
         inputs = dict(given)
     else:
@@ -80,7 +80,7 @@ def _parameter_names(model: Any, count: int) -> list[str]:
 
 def _float32(model: Any) -> Any:
     """The module in evaluation mode and float32: itself if it is so already, else a copy."""
-    torch = require("torch", "Importing a torch model")
+    torch: Any = require("torch", "Importing a torch model")
     tensors = [*model.parameters(), *model.buffers()]
     half = any(tensor.is_floating_point() and tensor.dtype is not torch.float32 for tensor in tensors)
     training = any(module.training for module in model.modules())
@@ -88,7 +88,7 @@ def _float32(model: Any) -> Any:
 
 
 def _interface(module: Any, inputs: dict[str, Any]) -> Interface:
-    torch = require("torch", "Importing a torch model")
+    torch: Any = require("torch", "Importing a torch model")
     first = next(iter(inputs.values()))
     batch = first.shape[0] if first.ndim else None
     dynamic = [value.ndim > 0 and value.shape[0] == batch for value in inputs.values()]
@@ -113,7 +113,7 @@ def _by_name(module: Any, inputs: Mapping[str, Any]) -> bool:
 
 def _named(result: Any) -> dict[str, Any]:
     """The tensors of a result by name: keys of a mapping, fields of a named tuple, else numbered."""
-    torch = require("torch", "Importing a torch model")
+    torch: Any = require("torch", "Importing a torch model")
     if isinstance(result, torch.Tensor):
         return {"output": result}
     if isinstance(result, Mapping):
@@ -129,7 +129,7 @@ def _named(result: Any) -> dict[str, Any]:
 
 
 def _wrap(module: Any, names: tuple[str, ...]) -> Any:
-    torch = require("torch", "Importing a torch model")
+    torch: Any = require("torch", "Importing a torch model")
     by_name = _by_name(module, dict.fromkeys(names))
 
     class Positional(torch.nn.Module):
@@ -152,7 +152,7 @@ def _check(program: Program, interface: Interface, request: Request) -> str:
 
 
 def _cases(interface: Interface) -> Iterator[check.Case]:
-    torch = require("torch", "Comparing with torch")
+    torch: Any = require("torch", "Comparing with torch")
     for batch in (1, 2, 3, 5) if any(interface.axes) else (None,):
         inputs = interface.inputs
         if batch is not None:

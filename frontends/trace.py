@@ -55,7 +55,7 @@ def _export_within_limits(interface: Interface) -> tuple[Any, dict[str, int]]:
 
 
 def _export(interface: Interface, limits: Mapping[str, int]) -> Any:
-    torch = require("torch", "Tracing a model")
+    torch: Any = require("torch", "Tracing a model")
     named: dict[str, Any] = {}
 
     def dimension(name: str) -> Any:
@@ -80,7 +80,7 @@ def to_onnx(exported: Any, name: str) -> ir.Model:
 
     The optimiser must not run here: on unread weights it would merge different tensors that look alike.
     """
-    torch = require("torch", "Converting a model to ONNX")
+    torch: Any = require("torch", "Converting a model to ONNX")
     try:
         program = torch.onnx.export(
             exported,

@@ -113,7 +113,7 @@ def _random(
 
 def _initial_vectors(model: Any) -> dict[str, np.ndarray]:
     """What the model initialises its vectors with (ones or zeros for norms); only modules without matrices."""
-    torch = require("torch", "Making a twin")
+    torch: Any = require("torch", "Making a twin")
     start = {}
     with torch.no_grad():
         for prefix, module in model.named_modules():

@@ -20,7 +20,7 @@ def vision_interface(model: Any) -> Interface:
     Input: pixel_values float32[batch, channels, height, width], batch dynamic, the image size from the configuration.
     Outputs: those of last_hidden_state, logits, image_embeds the model gives.
     """
-    torch = require("torch", "Importing an image model")
+    torch: Any = require("torch", "Importing an image model")
     height, width = image_size(model)
     channels = getattr(model.config, "num_channels", 3)
     inputs = {"pixel_values": torch.zeros(EXAMPLE_BATCH, channels, height, width)}

@@ -289,3 +289,30 @@ def test_the_text_tower_of_a_pair(save):
     config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)
     program = import_model(save(transformers.CLIPModel(config)), task="encoder")
     assert [output.name for output in program.graph.outputs] == ["last_hidden_state", "text_embeds"]
+
+
+def test_a_hub_id_in_the_local_cache_is_found(folder, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    repository = tmp_path / "hub" / "models--some--llama"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("a" * 40)
+    (repository / "snapshots").mkdir()
+    folder.rename(repository / "snapshots" / ("a" * 40))
+    program = import_model("some/llama", check=False)
+    assert program.source.name == "some/llama"
+
+
+def test_a_vision_language_model_gives_its_text_decoder(save):
+    torch.manual_seed(0)
+    vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.LlavaConfig(
+        text_config=transformers.LlamaConfig(**SMALL),
+        vision_config=transformers.CLIPVisionConfig(**vision, image_size=16, patch_size=8),
+        image_token_index=60,
+    )
+    program = import_model(save(transformers.LlavaForConditionalGeneration(config)))
+    assert len(program.cache_pairs()) == 4
+    assert not [name for name in program.graph.initializers if "vision" in name]
+    assert any("image tower is left out" in note for note in program.source.notes)

@@ -204,7 +204,7 @@ def test_foreign_operators_are_kept_and_named(onnx_model):
     program = import_model(onnx_model(domain="my.own"))
     assert [node.op_type for node in program.graph] == ["MatMul", "Relu"]
     assert any("1 my.own::Relu" in note for note in program.source.notes)
-    assert any("does not load it" in note for note in program.source.notes)
+    assert any("does not load the graph" in note for note in program.source.notes)
 
 
 def test_a_model_in_memory_is_not_changed(onnx_model):
