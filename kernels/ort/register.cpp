@@ -1,4 +1,5 @@
 // RegisterCustomOps: the entry point through which onnxruntime loads this library.
+#include <atomic>
 #include <map>
 #include <mutex>
 #include <string>
@@ -86,7 +87,13 @@ class ShapeContext {
     return true;
   }
 
-  void SetOutput(const std::vector<int64_t>& dims, const std::vector<std::string>& names) const {
+  // An unknown size without a name gets one of its own: onnxruntime would take two of them for
+  // equal.
+  void SetOutput(const std::vector<int64_t>& dims, std::vector<std::string> names) const {
+    static std::atomic<uint64_t> unnamed{0};
+    for (size_t i = 0; i < dims.size(); ++i) {
+      if (dims[i] < 0 && names[i].empty()) names[i] = "effc_size_" + std::to_string(unnamed++);
+    }
     OrtTensorTypeAndShapeInfo* info = nullptr;
     if (!Ok(api_.CreateTensorTypeAndShapeInfo(&info))) return;
     std::vector<const char*> symbols;
@@ -134,7 +141,10 @@ OrtStatus* InferGather(const OrtCustomOp* op, OrtShapeInferContext* raw) {
   std::vector<int64_t> dims;
   std::vector<std::string> names;
   int64_t columns = 0;
-  if (!context.InputDims(&dims, &names) || !context.Int("columns", &columns)) return nullptr;
+  // Rank 0 is a scalar index or an unknown shape; nothing is said about either.
+  if (!context.InputDims(&dims, &names) || dims.empty() || !context.Int("columns", &columns)) {
+    return nullptr;
+  }
   dims.push_back(columns);
   names.emplace_back();
   context.SetOutput(dims, names);
