@@ -107,7 +107,9 @@ class StoredWeights(Pass):
 def _is_notable(value: ir.Value) -> bool:
     """Whether a reader of the report would ask about this weight: a matrix, or anything large."""
     tensor = value.const_value
-    return tensor is not None and (len(tensor.shape) > 1 or tensor.nbytes >= MIN_BYTES)
+    if tensor is None or (tensor.dtype.is_integer() and tensor.dtype.bitwidth > 8):
+        return False
+    return len(tensor.shape) > 1 or tensor.nbytes >= MIN_BYTES
 
 
 def _stored_form(graph: ir.Graph, value: ir.Value, transposed: bool) -> ir.Value:
