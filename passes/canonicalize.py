@@ -6,11 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from effc.ir.program import Program
-from effc.passes.base import Contract, LeftAlone, Match, Pass, PassReport, Site
-from effc.passes.canonical.raising import Raised, raise_operations
-from effc.passes.canonical.simplify import simplify
-from effc.passes.canonical.size_names import join_sizes, split_sizes
 from onnx_ir.passes.common import (
     IdentityEliminationPass,
     InlinePass,
@@ -20,6 +15,12 @@ from onnx_ir.passes.common import (
     RemoveUnusedFunctionsPass,
     RemoveUnusedOpsetsPass,
 )
+
+from effc.ir.program import OPSET, Program
+from effc.passes.base import Contract, LeftAlone, Match, Pass, PassReport, Site
+from effc.passes.canonical.raising import NOT_ASKED_FOR, Raised, raise_operations
+from effc.passes.canonical.simplify import simplify
+from effc.passes.canonical.size_names import join_sizes, split_sizes
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,16 @@ class Canonicalize(Pass):
         return PassReport(raised.rewritten, left, {"nodes_before": before, "nodes_after": len(program.graph)})
 
 
-NOT_ASKED_FOR = "not among the sites that were asked for"
+OLDEST_OPSET = 18
+"""Opset from which shapes, reductions and splits are spelled as the simplifications read and write them."""
 
 
 def _canonical(program: Program, names: set[str] | None = None) -> Raised:
     model = program.model
+    opset = model.graph.opset_imports.get("", OPSET)
+    if opset < OLDEST_OPSET:
+        reason = f"the model is at opset {opset}, and is read from {OLDEST_OPSET} on: convert or export it again"
+        return Raised(left=[LeftAlone("graph", reason)])
     for step in (
         InlinePass(),
         RemoveUnusedFunctionsPass(),  # type: ignore[no-untyped-call]
@@ -74,6 +80,3 @@ def _canonical(program: Program, names: set[str] | None = None) -> Raised:
     NameFixPass()(model)
     RemoveUnusedOpsetsPass()(model)
     return raised
-
-
-__all__ = ["Canonicalize", "LeftAlone"]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
+
 from effc.ir.analysis.layer_names import named_by_layer
 from effc.ir.analysis.masks import MaskMeaning, mask_meaning, window_of
 from effc.ir.rewrite import sizes

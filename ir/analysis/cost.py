@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import networkx as nx
 import onnx_ir as ir
+
 from effc.errors import UsageError
 from effc.ir.analysis.graph_view import graph_view
 from effc.ir.rewrite.dataflow import attribute_int

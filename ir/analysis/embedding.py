@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import onnx_ir as ir
+
 from effc.ir.analysis.layer_names import unique_names
 from effc.ir.analysis.linear import matrix_shape, stored_matrix, weight_readers
 from effc.ir.rewrite.dataflow import attribute_int, is_op, sole_consumer

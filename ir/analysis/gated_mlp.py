@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import onnx_ir as ir
+
 from effc.ir.analysis.linear import LinearSite, linear_sites
 from effc.ir.rewrite.dataflow import attribute_int, is_op, operands, producer
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import onnx_ir as ir
+
 from effc.ir.analysis.layer_names import unique_names
 from effc.ir.rewrite.dataflow import (
     attribute_float,

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import onnx_ir as ir
+
 from effc.ir.rewrite import sizes
 from effc.ir.rewrite.constants import constant_array
 from effc.ir.rewrite.dataflow import STANDARD, attribute_int, permutation

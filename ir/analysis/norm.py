@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import onnx_ir as ir
+
 from effc.ir.analysis.layer_names import named_by_layer
 from effc.ir.rewrite.dataflow import attribute_float, attribute_int, is_op
 from effc.ir.rewrite.sizes import shape_of

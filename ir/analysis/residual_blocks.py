@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 import networkx as nx
 import onnx_ir as ir
+
 from effc.ir.analysis.graph_view import graph_view
 from effc.ir.analysis.layer_names import layer_of
-from effc.ir.rewrite.dataflow import is_op
+from effc.ir.rewrite.dataflow import is_op, producer, sole_consumer
 from effc.ir.rewrite.sizes import same_shape, shape_of
 
 
@@ -48,21 +49,26 @@ def residual_blocks(graph: ir.Graph) -> tuple[ResidualBlock, ...]:
     chain = _dominators(view, start, end)
     blocks: list[ResidualBlock] = []
     for add in (node for node in chain if is_op(node, "Add")):
-        entry = next(
-            (
-                value
-                for value in add.inputs
-                if value is not None and value.producer() in chain and _is_stream(value, add)
-            ),
-            None,
-        )
+        entry = next((value for value in _terms(add) if value.producer() in chain and _is_stream(value, add)), None)
         if entry is not None:
             nodes = _between(view, entry, add, order)
+            if len(nodes) == 1:
+                continue  # what is added does not depend on the stream: position embeddings
             kind = _kind(nodes)
-            blocks.append(
-                ResidualBlock(f"{kind} {layer_of(add) or len(blocks)}", kind, entry, add.outputs[0], add, nodes)
-            )
+            name = f"{kind} {layer_of(add) or len(blocks)}"
+            blocks.append(ResidualBlock(name, kind, entry, add.outputs[0], add, nodes))
     return tuple(blocks)
+
+
+def _terms(add: ir.Node) -> list[ir.Value]:
+    """What is summed: the operands, those of inner sums included (attention and feed-forward side by side)."""
+    terms: list[ir.Value] = []
+    for value in add.inputs:
+        if value is not None:
+            terms.append(value)
+            inner = sole_consumer(value) is add and producer(value, "Add")
+            terms += _terms(inner) if inner else []
+    return terms
 
 
 def _start(graph: ir.Graph) -> ir.Node | None:

@@ -14,6 +14,7 @@ from dataclasses import replace as changed
 
 import numpy as np
 import onnx_ir as ir
+
 from effc.ir.rewrite import sizes
 from effc.ir.rewrite.constants import new_integers, new_scalar, scalar
 from effc.ir.rewrite.dataflow import attribute_int, consumers, is_op, operands, producer, scaled

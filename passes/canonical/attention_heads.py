@@ -9,6 +9,7 @@ unrepeated, because the operation knows groups; a `Concat` of a cache input and 
 from __future__ import annotations
 
 import onnx_ir as ir
+
 from effc.ir.rewrite import sizes
 from effc.ir.rewrite.constants import new_integers
 from effc.ir.rewrite.dataflow import attribute_int, consumers, is_op, producer

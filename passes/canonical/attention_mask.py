@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
+
 from effc.ir.analysis.masks import MaskMeaning, mask_meaning
 from effc.ir.rewrite import sizes
 from effc.ir.rewrite.constants import new_constant, new_integers

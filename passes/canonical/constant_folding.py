@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import onnx_ir as ir
+from onnx.reference import ReferenceEvaluator
+
 from effc.ir.rewrite.constants import constant_tensor, new_constant
 from effc.ir.rewrite.dataflow import STANDARD
 from effc.ir.rewrite.edit import replace
 from effc.ir.rewrite.inference import known_integers
-from onnx.reference import ReferenceEvaluator
 
 TINY_BYTES = 1 << 10
 VECTOR_BYTES = 1 << 16

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
+
 from effc.ir.rewrite.constants import scalar
 from effc.ir.rewrite.dataflow import is_op, sole_consumer
 from effc.ir.rewrite.edit import insert_value, replace

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
+
 from effc.ir.rewrite.constants import new_constant
 from effc.ir.rewrite.dataflow import attribute_int, is_op, operands, producer, sole_consumer
 from effc.ir.rewrite.edit import insert_value, replace

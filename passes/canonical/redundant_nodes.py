@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import onnx_ir as ir
+
 from effc.ir.rewrite import sizes
 from effc.ir.rewrite.constants import new_integers, scalar
 from effc.ir.rewrite.dataflow import attribute_int, consumers, is_op, operands, permutation, producer, sole_consumer

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
+
 from effc.ir.rewrite.constants import new_constant, scalar
 from effc.ir.rewrite.dataflow import (
     attribute_int,

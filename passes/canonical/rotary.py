@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from dataclasses import replace as changed
 
 import onnx_ir as ir
+
 from effc.ir.rewrite.constants import new_integers, scalar
 from effc.ir.rewrite.dataflow import attribute_int, is_op, operands, producer, sole_consumer
 from effc.ir.rewrite.edit import insert, insert_value, replace

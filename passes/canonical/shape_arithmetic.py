@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import onnx_ir as ir
+
 from effc.ir.rewrite import sizes
 from effc.ir.rewrite.constants import new_constant, new_integers
 from effc.ir.rewrite.dataflow import attribute_int, consumers, is_op

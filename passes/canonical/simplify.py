@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import onnx_ir as ir
+
 from effc.ir.program import Program
 from effc.ir.rewrite.edit import remove_dead
 from effc.ir.rewrite.inference import infer_graph

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import onnx_ir as ir
+
 from effc.ir.program import Program, Task
 from effc.ir.rewrite import sizes
 

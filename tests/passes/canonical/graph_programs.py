@@ -6,6 +6,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import onnxruntime as ort
+
 from effc.ir.program import Program, Source, Task
 from effc.passes.canonicalize import Canonicalize
 
@@ -62,7 +63,7 @@ def random_feeds(one: Program, sizes: dict[str, int], seed: int = 0, padding: in
             array[..., 0] = True
             array = ~array if value.name == "hide" else array
         elif np.issubdtype(dtype, np.integer):
-            array = rng.integers(0, 16, shape).astype(dtype)
+            array = rng.integers(0, 2 if value.name == "token_type_ids" else 16, shape).astype(dtype)
         else:
             array = rng.standard_normal(shape).astype(dtype)
         feeds[value.name] = array

@@ -3,9 +3,10 @@
 import numpy as np
 import onnx_ir as ir
 import pytest
+from graph_programs import assert_same_outputs, canonical, program, random_feeds, run
+
 from effc.ir.analysis.attention import attention_sites
 from effc.ir.program import Task
-from graph_programs import assert_same_outputs, canonical, program, random_feeds, run
 
 INPUTS = "float[batch,2,seq,8] q, float[batch,2,seq,8] k, float[batch,2,seq,8] v"
 CACHED = INPUTS + ", float[batch,2,past,8] past_k, float[batch,2,past,8] past_v, int64[batch,total] attention_mask"

@@ -8,10 +8,11 @@ import os
 from pathlib import Path
 
 import pytest
+from graph_programs import SIZES, assert_same_outputs, canonical, program
+
 from effc.ir.program import Task
 from effc.ir.text import program_text
 from effc.passes.canonicalize import Canonicalize
-from graph_programs import SIZES, assert_same_outputs, canonical, program
 
 FOLDER = Path(__file__).parents[2] / "golden" / "canonicalize"
 GOLDENS = sorted(FOLDER.glob("*.txt"))

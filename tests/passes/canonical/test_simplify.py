@@ -4,11 +4,12 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from graph_programs import HEADER, assert_same_outputs, canonical, program
+
 from effc.ir.program import Program, Source, Task
 from effc.ir.text import program_text
 from effc.passes.base import Contract
 from effc.passes.canonicalize import Canonicalize
-from graph_programs import HEADER, assert_same_outputs, canonical, program
 
 
 def _ops(one: Program) -> list[str]:
