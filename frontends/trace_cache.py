@@ -7,16 +7,18 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-import effc
 import onnx
 import onnx_ir as ir
+from google.protobuf.message import DecodeError
+from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+
+import effc
 from effc.frontends.architecture import Architecture
 from effc.frontends.interface import Interface
 from effc.frontends.trace import trace
 from effc.ir.program import OPSET
 from effc.ir.store import Store, content_key
-from google.protobuf.message import DecodeError
-from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+from effc.ir.weights import tensor_shape
 
 FORMAT = 1
 UNBOUND = "unbound"
@@ -55,7 +57,7 @@ def traced_graph(
 
 
 def _parameters(interface: Interface) -> Any:
-    return interface.module.model.named_parameters(remove_duplicate=False)  # type: ignore[union-attr,operator]
+    return interface.module.model.named_parameters(remove_duplicate=False)
 
 
 def _key(architecture: Architecture, interface: Interface) -> str:
@@ -83,7 +85,7 @@ def _save(store: Store, key: str, model: ir.Model, notes: tuple[str, ...], param
         tensor = value.const_value
         if value.name in parameters and tensor is not None:
             value.const_value = ir.ExternalTensor(
-                UNBOUND, 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor.shape), name=value.name, base_dir=""
+                UNBOUND, 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor_shape(tensor)), name=value.name, base_dir=""
             )
     shell.metadata_props[LIMITS] = json.dumps(notes)
     data = ir.to_proto(shell).SerializeToString()
