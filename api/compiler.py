@@ -54,7 +54,7 @@ class OptimizeResult:
     """What `optimize` made.
 
     Attributes:
-        program: The program after all passes.
+        program: The program after all passes, before lowering.
         folder: The engine folder; None after a dry run.
         manifest: Its manifest; None after a dry run.
         summary: The JSON object of `effc optimize --json`.
@@ -138,9 +138,10 @@ def optimize(
     _refuse_early(plan, Path(output))
     instruments = _instruments(check, dump, step, plan)
     run_pipeline(program, requested, instruments, allow_noop=allow_noop)
-    lowered = _lower(program, chosen, portable, instruments)
-    manifest = _write(lowered, Path(output), chosen, portable, step)
-    return OptimizeResult(program, Path(output), manifest, _summary(manifest, Path(output), watch))
+    canonical = program.clone()
+    run_step(program, Lowering(chosen, portable), instruments)
+    manifest = _write(program, Path(output), chosen, portable, step)
+    return OptimizeResult(canonical, Path(output), manifest, _summary(manifest, Path(output), watch))
 
 
 def reference_engine(
@@ -158,8 +159,8 @@ def reference_engine(
         os.utime(folder / MANIFEST)
         return folder
     chosen = backend("ort-cpu")
-    lowered = _lower(program, chosen, True, ())
-    _write(lowered, folder, chosen, True, lambda stage, done, total: None)
+    run_step(program, Lowering(chosen, portable=True))
+    _write(program, folder, chosen, True, lambda stage, done, total: None)
     return folder
 
 
@@ -241,16 +242,9 @@ def _dry_run(program: Program, requested: Sequence[Pass], target: str, plan: Pla
     }
 
 
-def _lower(program: Program, chosen: Backend, portable: bool, instruments: Sequence[Instrument]) -> Program:
-    """Lower a copy of the program, recorded and checked like a pass."""
-    lowered = program.clone()
-    run_step(lowered, Lowering(chosen, portable), instruments)
-    return lowered
-
-
-def _write(lowered: Program, output: Path, chosen: Backend, portable: bool, step: Progress) -> Manifest:
+def _write(program: Program, output: Path, chosen: Backend, portable: bool, step: Progress) -> Manifest:
     with new_engine_folder(output) as folder:
-        manifest = chosen.write(lowered, folder, portable=portable, progress=step)
+        manifest = chosen.write(program, folder, portable=portable, progress=step)
         write_report(asdict(manifest), folder / "report.html")
         step("hash", 0, 0)
         return seal(folder, manifest)

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+
 from effc.errors import InputError, OutputError
 from effc.frontends.architecture import choose, load_config
 from effc.frontends.dfloat11_stream import BITS_PER_THREAD, THREADS_PER_BLOCK, Group, decode_group

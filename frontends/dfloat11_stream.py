@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+
 from effc.errors import InputError
 
 BITS_PER_THREAD = 64

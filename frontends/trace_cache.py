@@ -84,8 +84,9 @@ def _save(store: Store, key: str, model: ir.Model, notes: tuple[str, ...], param
     for value in shell.graph.initializers.values():
         tensor = value.const_value
         if value.name in parameters and tensor is not None:
+            shape = ir.Shape(tensor_shape(tensor))
             value.const_value = ir.ExternalTensor(
-                UNBOUND, 0, tensor.nbytes, tensor.dtype, shape=ir.Shape(tensor_shape(tensor)), name=value.name, base_dir=""
+                UNBOUND, 0, tensor.nbytes, tensor.dtype, shape=shape, name=value.name, base_dir=""
             )
     shell.metadata_props[LIMITS] = json.dumps(notes)
     data = ir.to_proto(shell).SerializeToString()

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import onnx_ir as ir
-from effc.ir.program import Program
 
+from effc.ir.program import Program
 
 LITERAL_ELEMENTS = 16
 """Constants up to this many elements are part of the text."""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+
 from effc.errors import InputError
 
 
@@ -29,7 +30,7 @@ def file_tensor(path: Path, offset: int, dtype: ir.DataType, shape: tuple[int, .
     count = int(np.prod(shape, dtype=np.int64))
     nbytes = (count * dtype.bitwidth + 7) // 8
 
-    def read() -> ir.Tensor:
+    def read() -> ir.TensorProtocol:
         with path.open("rb") as file:
             file.seek(offset)
             data = np.fromfile(file, dtype=np.uint8, count=nbytes)
@@ -77,11 +78,6 @@ def _as_tensor(data: np.ndarray, dtype: ir.DataType, shape: tuple[int, ...], nam
 def tensor_shape(tensor: ir.TensorProtocol) -> tuple[int, ...]:
     """The shape of a tensor as plain ints."""
     return tuple(dim for dim in tensor.shape if isinstance(dim, int))
-
-
-def dtype_name(dtype: ir.DataType) -> str:
-    """The numpy name of a dtype: `float32`, `bfloat16`, …"""
-    return dtype.numpy().name
 
 
 def is_weight(value: ir.Value | None) -> bool:

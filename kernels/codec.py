@@ -27,6 +27,7 @@ __all__ = [
     "Layout",
     "Prediction",
     "decode",
+    "dtype_name",
     "encode",
     "exponent_histogram",
     "huffman_lengths",
@@ -153,7 +154,8 @@ def _message() -> str:
     return str(load().effc_last_error().decode())
 
 
-def _dtype_name(dtype: np.dtype[Any]) -> DTypeName:
+def dtype_name(dtype: np.dtype[Any]) -> DTypeName:
+    """The name of the element type of a weight; ValueError for a type that cannot be coded."""
     for name, candidate in _DTYPES.items():
         if candidate == dtype:
             return name  # type: ignore[return-value]
@@ -235,7 +237,7 @@ def exponent_histogram(words: Array, threads: int | None = None) -> NDArray[np.u
     """
     words = np.ascontiguousarray(words)
     counts = np.zeros(256, np.uint64)
-    number = ctypes.c_int32(_number(_dtype_name(words.dtype)))
+    number = ctypes.c_int32(_number(dtype_name(words.dtype)))
     status = load().effc_histogram(
         _pointer(words), number, ctypes.c_int64(words.size), ctypes.c_int32(_threads(threads)), _pointer(counts)
     )
@@ -283,7 +285,7 @@ def encode(weight: Array, layout: Layout, threads: int | None = None) -> CodedWe
     """
     if weight.ndim != 2:
         raise ValueError(f"a coded weight is a matrix, not of shape {weight.shape}")
-    dtype = _dtype_name(weight.dtype)
+    dtype = dtype_name(weight.dtype)
     tensor_names(layout, dtype)
     raw = CodedWeight(dtype, (weight.shape[0], weight.shape[1]), "raw", (weight,))
     return transcode(raw, layout, threads)

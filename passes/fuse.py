@@ -56,7 +56,7 @@ class Fuse(Pass):
                 else:
                     sites.append(Site(attention.name, found))
         if plain_sums.NAME in self.fusions:
-            sums = [found for node in program.graph if (found := plain_sums.match(node)) is not None]
+            sums = [one for node in program.graph if (one := plain_sums.match(node)) is not None]
             sites += [Site(f"sum {one.node.name or index}", one) for index, one in enumerate(sums)]
         return Match(sites, left)
 

@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Any, NoReturn
 
-from effc.errors import EngineError, UsageError
-from effc.runtime.assets import Assets
 from jinja2 import TemplateError, nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from effc.errors import EngineError, UsageError
+from effc.runtime.assets import Assets
 
 
 class GenerationBlock(Extension):

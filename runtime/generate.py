@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
+
 from effc.errors import EngineError, UsageError
 from effc.runtime import limits
 from effc.runtime.detokenize import Detokenizer, StopFilter

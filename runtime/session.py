@@ -10,6 +10,7 @@ from types import TracebackType
 
 import numpy as np
 import onnxruntime as ort
+
 from effc.errors import EngineError, MissingDependencyError, UsageError
 from effc.runtime.assets import Assets
 from effc.runtime.bundle import CachePort, Manifest, Port, check_files, read_manifest

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import onnxruntime as ort
+
 from effc.errors import EngineError, UsageError
 from effc.runtime.bundle import Port
 

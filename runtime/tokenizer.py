@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import tokenizers
+
 from effc.errors import EngineError, UsageError
 from effc.runtime import chat
 from effc.runtime.assets import Assets

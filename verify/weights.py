@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnx_ir as ir
+
 from effc.errors import ContractError
 from effc.ir.dialect import is_dialect_node
 from effc.ir.dialect.stored_weight import StoredWeight, stored_weight
 from effc.ir.program import Program
-from effc.ir.weights import dtype_name
 from effc.kernels import codec
 from effc.passes.base import Pass, PassReport
 from effc.passes.instruments import Instrument
@@ -64,6 +64,7 @@ def compare_weights(coded: Mapping[str, StoredWeight], expected: Mapping[str, st
 def weight_digest(weight: StoredWeight) -> str:
     """SHA-256 of the bytes a coded weight decodes to, hexadecimal."""
     tensors = tuple(value.const_value.numpy() for value in weight.tensors if value.const_value is not None)
-    coded = codec.CodedWeight(dtype_name(weight.dtype), (weight.rows, weight.columns), weight.layout, tensors)
+    dtype, layout = codec.dtype_name(weight.dtype.numpy()), cast("codec.Layout", weight.layout)
+    coded = codec.CodedWeight(dtype, (weight.rows, weight.columns), layout, tensors)
     array = np.ascontiguousarray(codec.decode(coded))
     return hashlib.sha256(array.reshape(-1).view(np.uint8).data).hexdigest()

@@ -9,7 +9,7 @@ by index is understood; anything else makes the whole mask unknown, never partly
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
@@ -26,6 +26,16 @@ class Ramp:
 
     offset: Size
     axis: int | None = None
+
+
+@dataclass(frozen=True)
+class Difference:
+    """An integer value `offset + index along plus - index along minus`, or its absolute value."""
+
+    plus: int
+    minus: int
+    offset: Size
+    absolute: bool = False
 
 
 @dataclass(frozen=True)
@@ -47,7 +57,7 @@ class Lookup:
 
 
 Condition = frozenset[Band | Lookup]
-Meaning = Ramp | Condition | None
+Meaning = Ramp | Difference | Condition | None
 
 
 @dataclass(frozen=True)
@@ -141,7 +151,9 @@ def _sum(sign: int) -> Callable[[ir.Node, dict[ir.Value, Meaning]], Meaning]:
         left, right = _meaning(node.inputs[0], known), _meaning(node.inputs[1], known)
         if not isinstance(left, Ramp) or not isinstance(right, Ramp):
             return None
-        if (left.axis is not None and right.axis is not None) or (sign < 0 and right.axis is not None):
+        if sign < 0 and left.axis is not None and right.axis is not None and left.axis != right.axis:
+            return Difference(left.axis, right.axis, sizes.subtract(left.offset, right.offset))
+        if right.axis is not None and (left.axis is not None or sign < 0):
             return None
         axis = left.axis if left.axis is not None else right.axis
         return Ramp(sizes.add(left.offset, sizes.multiply(right.offset, sign)), axis)
@@ -155,6 +167,10 @@ def _remapped(meaning: Meaning, mapping: dict[int, int]) -> Meaning:
         if meaning.axis is None:
             return meaning
         return Ramp(meaning.offset, mapping[meaning.axis]) if meaning.axis in mapping else None
+    if isinstance(meaning, Difference):
+        if meaning.plus not in mapping or meaning.minus not in mapping:
+            return None
+        return replace(meaning, plus=mapping[meaning.plus], minus=mapping[meaning.minus])
     if meaning is None:
         return None
     terms: set[Band | Lookup] = set()
@@ -211,12 +227,29 @@ def _compare(strict: bool, swapped: bool) -> Callable[[ir.Node, dict[ir.Value, M
         left, right = _meaning(node.inputs[0], known), _meaning(node.inputs[1], known)
         if swapped:
             left, right = right, left
+        if isinstance(left, Difference) and isinstance(right, Ramp) and right.axis is None:
+            return _near(left, sizes.subtract(right.offset, 1) if strict else right.offset)
         if not isinstance(left, Ramp) or not isinstance(right, Ramp):
             return None
         bound = sizes.subtract(right.offset, left.offset)
         return _band(left, right, sizes.subtract(bound, 1) if strict else bound)
 
     return rule
+
+
+def _near(difference: Difference, bound: Size) -> Meaning:
+    """`difference <= bound`: one band, or two for an absolute difference."""
+    plus, minus = Ramp(0, difference.plus), Ramp(0, difference.minus)
+    above = _band(plus, minus, sizes.subtract(bound, difference.offset))
+    if not difference.absolute:
+        return above
+    below = _band(minus, plus, sizes.add(bound, difference.offset))
+    return above | below if isinstance(above, frozenset) and isinstance(below, frozenset) else None
+
+
+def _absolute(node: ir.Node, known: dict[ir.Value, Meaning]) -> Meaning:
+    inner = _meaning(node.inputs[0], known)
+    return replace(inner, absolute=True) if isinstance(inner, Difference) else None
 
 
 def _band(left: Ramp, right: Ramp, bound: Size) -> Meaning:
@@ -289,5 +322,6 @@ _RULES: dict[str, Callable[[ir.Node, dict[ir.Value, Meaning]], Meaning]] = {
     "Greater": _compare(strict=True, swapped=True),
     "And": _and,
     "Not": _not,
+    "Abs": _absolute,
     "GatherND": _gather_nd,
 }

@@ -10,6 +10,7 @@ import importlib
 from functools import cache
 
 import onnx_ir as ir
+
 from effc.errors import InputError
 from effc.ir.dialect.base import DOMAIN, DialectOp
 

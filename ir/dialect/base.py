@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import onnx_ir as ir
-from effc.errors import InputError
 from onnx_ir.tape import Tape
+
+from effc.errors import InputError
 
 DOMAIN = "effc"
 VERSION = 1

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.tape import Tape
+
 from effc.ir.dialect.base import DOMAIN, DialectOp
 from effc.ir.dialect.stored_weight import WEIGHT_ATTRIBUTES, StoredWeight, check_weight, decode_body
-from onnx_ir.tape import Tape
 
 
 class CodedGather(DialectOp):

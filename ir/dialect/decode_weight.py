@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import onnx_ir as ir
+from onnx_ir.tape import Tape
+
 from effc.ir.dialect.base import DOMAIN, DialectOp
 from effc.ir.dialect.stored_weight import WEIGHT_ATTRIBUTES, StoredWeight, check_weight, decode_body
-from onnx_ir.tape import Tape
 
 
 class DecodeWeight(DialectOp):

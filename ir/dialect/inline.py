@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import onnx_ir as ir
+from onnx_ir.tape import Tape
+
 from effc.ir.dialect import dialect_op, is_dialect_node
 from effc.ir.dialect.base import DOMAIN
 from effc.ir.weights import tensor_shape
-from onnx_ir.tape import Tape
 
 
 def inline_dialect(model: ir.Model) -> int:

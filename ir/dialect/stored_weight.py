@@ -15,9 +15,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.tape import Tape
+
 from effc.errors import InputError
 from effc.ir.weights import tensor_shape
-from onnx_ir.tape import Tape
 
 LAYOUTS = ("raw", "huffman", "rank4", "rank3")
 WEIGHT_ATTRIBUTES = {

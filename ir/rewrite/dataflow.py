@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import onnx_ir as ir
+
 from effc.ir.rewrite.constants import scalar
 
 STANDARD = ("", "ai.onnx")

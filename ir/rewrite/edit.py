@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import onnx_ir as ir
+
 from effc.ir.rewrite.inference import infer_node
 
 

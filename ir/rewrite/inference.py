@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import onnx
 import onnx_ir as ir
+
 from effc.ir.rewrite import sizes
 from effc.ir.rewrite.constants import constant_array, integers
 from effc.ir.rewrite.sizes import Size

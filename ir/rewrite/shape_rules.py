@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import onnx_ir as ir
+
 from effc.ir.rewrite import sizes
 from effc.ir.rewrite.dataflow import attribute_int, permutation
 from effc.ir.rewrite.inference import content_of, known_integers, set_type

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import onnx_ir as ir
+
 from effc.ir.analysis.attention import AttentionSite
 from effc.ir.rewrite.constants import new_integers
 from effc.ir.rewrite.dataflow import is_op, permutation, producer, sole_consumer

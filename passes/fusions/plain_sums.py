@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import onnx_ir as ir
+
 from effc.ir.rewrite.dataflow import consumers, is_op
 from effc.ir.rewrite.edit import insert_value, replace
 

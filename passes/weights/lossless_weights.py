@@ -16,7 +16,7 @@ from effc.ir.dialect import is_dialect_node
 from effc.ir.dialect.stored_weight import StoredWeight, stored_weight
 from effc.ir.program import Program
 from effc.ir.store import Store, content_key
-from effc.ir.weights import dtype_name, tensor_shape
+from effc.ir.weights import tensor_shape
 from effc.kernels import codec
 from effc.passes.base import Contract, LeftAlone, Match, Pass, PassReport, Site
 from effc.passes.weights.coded_files import FORMAT_VERSION, load_tensors, save_tensors
@@ -110,10 +110,11 @@ class LosslessWeights(Pass):
             return "skipped by the option `skip`", None
         if tensor.nbytes < self.min_bytes:
             return f"{tensor.nbytes} bytes, below min-bytes={self.min_bytes}", None
-        dtype = dtype_name(tensor.dtype)
+        dtype = codec.dtype_name(tensor.dtype.numpy())
         if self.layout != "huffman" and tensor.dtype == ir.DataType.FLOAT16:
             return f"fp16 gains nothing from the layout {self.layout!r}; use layout=huffman", None
-        prediction = codec.predict(codec.exponent_histogram(tensor.numpy()), dtype, tensor_shape(tensor))
+        rows, columns = tensor_shape(tensor)
+        prediction = codec.predict(codec.exponent_histogram(tensor.numpy()), dtype, (rows, columns))
         bits = tensor.dtype.bitwidth
         saving = 1 - _bits(prediction, self.layout) / bits
         if saving < self.min_saving:
@@ -137,7 +138,7 @@ class LosslessWeights(Pass):
             layout=self.layout,
             format=FORMAT_VERSION,
         )
-        parts = codec.tensor_names(self.layout, dtype_name(tensor.dtype))
+        parts = codec.tensor_names(self.layout, codec.dtype_name(tensor.dtype.numpy()))
         path = store.find(key) or save_tensors(store, key, codec.encode(array, self.layout).tensors)
         tensors = load_tensors(path, [f"{value.name}.{part}" for part in parts])
         rows, columns = array.shape
@@ -197,7 +198,7 @@ def _bits(prediction: codec.Prediction, layout: str) -> float:
 def _runtime_bits(prediction: codec.Prediction, dtype: ir.DataType) -> float:
     """Bits per weight once the engine is loaded: the layout the kernels transcode to."""
     return {"rank4": prediction.rank4_bits, "rank3": prediction.rank3_bits, "raw": float(dtype.bitwidth)}[
-        runtime_layout(dtype_name(dtype))
+        runtime_layout(codec.dtype_name(dtype.numpy()))
     ]
 
 
@@ -208,7 +209,7 @@ def _figures(value: ir.Value, prediction: codec.Prediction, coded: StoredWeight)
     return {
         "name": str(value.name),
         "shape": [coded.rows, coded.columns],
-        "dtype": dtype_name(tensor.dtype),
+        "dtype": codec.dtype_name(tensor.dtype.numpy()),
         "bytes": tensor.nbytes,
         "stored_bytes": sum(part.const_value.nbytes for part in coded.tensors if part.const_value is not None),
         "entropy_bits": round(prediction.entropy_bits, 4),

@@ -150,11 +150,13 @@ def _rewrite(reader: WeightReader, stored: ir.Value) -> None:
     graph = reader.node.graph
     assert graph is not None
     make = coded_gather if reader.is_gather else coded_matmul
-    node = make(reader.operand, raw_weight(stored), name=reader.node.name)
+    operand = reader.node.inputs[reader.operand_index]
+    assert operand is not None
+    node = make(operand, raw_weight(stored), name=reader.node.name)
     new, result = [node], node.outputs[0]
     if reader.bias is not None:
         add = ir.node("Add", [result, reader.bias])
-        add.outputs[0].dtype, add.outputs[0].shape = result.dtype, result.shape
+        add.outputs[0].type, add.outputs[0].shape = result.type, result.shape
         new, result = [node, add], add.outputs[0]
     ir.convenience.replace_nodes_and_values(graph, reader.node, [], new, [reader.result], [result])
     for dead in reader.path_from_result():

@@ -15,7 +15,8 @@ class WeightReader:
     Attributes:
         node: The `MatMul`, `Gemm` or `Gather`.
         path: Nodes between the weight and `node`, in that order.
-        operand: The other operand: activations of a product, indices of a lookup.
+        operand_index: Which input of `node` is the other operand: activations of a product, indices of a lookup. Not
+            the value itself, which may be the result of another reader that is rewritten first.
         bias: Bias of a `Gemm`, else None.
         result: The value that holds the fp32 result.
         after: The `Cast` behind a lookup of a half-precision table, else None.
@@ -24,7 +25,7 @@ class WeightReader:
 
     node: ir.Node
     path: tuple[ir.Node, ...]
-    operand: ir.Value
+    operand_index: int
     bias: ir.Value | None
     result: ir.Value
     after: ir.Node | None
@@ -101,11 +102,11 @@ def _gather(path: tuple[ir.Node, ...], node: ir.Node, index: int, flips: int, wh
     if index != 0 or flips or node.attributes.get_int("axis", 0) != 0 or operand is None:
         return f"{where} looks up something other than rows"
     if node.outputs[0].dtype == ir.DataType.FLOAT:
-        return WeightReader(node, path, operand, None, node.outputs[0], None, False)
+        return WeightReader(node, path, 1, None, node.outputs[0], None, False)
     uses = list(node.outputs[0].uses())
     if len(uses) == 1 and _widens(uses[0].node) and not node.outputs[0].is_graph_output():
         after = uses[0].node
-        return WeightReader(node, path, operand, None, after.outputs[0], after, False)
+        return WeightReader(node, path, 1, None, after.outputs[0], after, False)
     return f"{where} gives rows that are not widened to fp32"
 
 
@@ -130,4 +131,4 @@ def _product(path: tuple[ir.Node, ...], node: ir.Node, index: int, flips: int, w
             return f"{where} scales or transposes its operands"
         flips = (flips + attributes.get_int("transB", 0)) % 2
         bias = node.inputs[2] if len(node.inputs) > 2 else None
-    return WeightReader(node, path, operand, bias, node.outputs[0], None, transposed=not flips)
+    return WeightReader(node, path, 0, bias, node.outputs[0], None, transposed=not flips)

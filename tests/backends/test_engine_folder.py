@@ -8,6 +8,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 import pytest
+
 from effc.backends.engine_folder import COMPRESS_FROM, new_engine_folder, write_assets
 from effc.errors import OutputError
 from effc.ir.program import Program, Source, Task

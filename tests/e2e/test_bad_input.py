@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+
 from effc.cli.main import run
 from effc.runtime.bundle import MANIFEST
 

@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 import pytest
+
 from effc.errors import InputError
 from effc.ir.dialect import infer_dialect_types
 from effc.ir.dialect.coded_gather import coded_gather
@@ -19,6 +20,7 @@ from effc.ir.dialect.stored_weight import StoredWeight
 from effc.kernels import codec
 
 DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32}
+FORMS = [("bfloat16", "raw"), ("float16", "raw"), ("bfloat16", "rank4"), ("float32", "rank4")]
 SHAPES = [(1, 1), (3, 127), (2, 128), (5, 129), (7, 640)]
 
 
@@ -55,7 +57,7 @@ def _weight(shape: tuple[int, int], dtype: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(("dtype", "layout"), [("bfloat16", "raw"), ("float16", "raw"), ("bfloat16", "rank4"), ("float32", "rank4")])
+@pytest.mark.parametrize(("dtype", "layout"), FORMS)
 def test_product_and_lookup(shape: tuple[int, int], dtype: str, layout: str) -> None:
     array = _weight(shape, dtype)
     x = np.random.default_rng(2).standard_normal((2, 3, shape[1])).astype(np.float32)
@@ -63,7 +65,8 @@ def test_product_and_lookup(shape: tuple[int, int], dtype: str, layout: str) -> 
     bound = shape[1] * np.finfo(np.float32).eps * (np.abs(x).astype(np.float64) @ np.abs(array).astype(np.float64).T)
     assert np.all(np.abs(_run(coded_matmul, _operand(array, layout), x) - expected) <= bound + 1e-30)
     indices = np.array([[0, shape[0] - 1], [-1, 0]])
-    np.testing.assert_array_equal(_run(coded_gather, _operand(array, layout), indices), array.astype(np.float32)[indices])
+    found = _run(coded_gather, _operand(array, layout), indices)
+    np.testing.assert_array_equal(found, array.astype(np.float32)[indices])
 
 
 def test_every_bfloat16_pattern_decodes_to_itself() -> None:

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+
 from effc.errors import OutputError
 from effc.ir.store import Store, content_key
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from effc.errors import UsageError
 from effc.passes.pipeline_text import format_pipeline, parse_pipeline
 

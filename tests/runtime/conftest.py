@@ -13,9 +13,10 @@ import numpy as np
 import onnx
 import pytest
 import tokenizers
-from effc.runtime.bundle import MANIFEST, CacheLayout, CachePort, Manifest, Port, sha256_file
 from onnx import TensorProto, helper, numpy_helper
 from tokenizers import decoders, models, pre_tokenizers
+
+from effc.runtime.bundle import MANIFEST, CacheLayout, CachePort, Manifest, Port, sha256_file
 
 HEADS, KV_HEADS, SIZE, LAYERS, POSITIONS = 4, 2, 8, 2, 96
 HIDDEN = HEADS * SIZE

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import tokenizers
-from effc.runtime.detokenize import GIVE_UP, PATIENCE, Detokenizer, StopFilter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers
+
+from effc.runtime.detokenize import GIVE_UP, PATIENCE, Detokenizer, StopFilter
 
 TEXTS = [
     "",

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import tokenizers
+from onnx import TensorProto, helper
+
 from effc.errors import EngineError, UsageError
 from effc.runtime.bundle import Port
 from effc.runtime.embed import MODES, pool, pooling_modes, unit_length
 from effc.runtime.session import load
-from onnx import TensorProto, helper
 
 DIM = 6
 MakeEngine = Callable[..., Path]

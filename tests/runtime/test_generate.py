@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from effc.errors import EffcError, EngineError, UsageError
 from effc.runtime.bundle import Port
 from effc.runtime.session import load

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import pytest
+from onnx import helper
+
 from effc.errors import EngineError, UsageError
 from effc.runtime.bundle import CacheLayout, CachePort, Port
 from effc.runtime.kv_state import KvState, next_capacity, port_shape
 from effc.runtime.session import Engine, load
-from onnx import helper
 
 MODES = ("in-place", "growing")
 TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}  # float32 over sums of 32

@@ -6,11 +6,12 @@ import time
 
 import numpy as np
 import pytest
-from effc.errors import EngineError
-from effc.runtime.sampling import Sampler, Sampling, candidates, draw, nucleus, penalized
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+
+from effc.errors import EngineError
+from effc.runtime.sampling import Sampler, Sampling, candidates, draw, nucleus, penalized
 
 FINITE = st.floats(-50, 50, width=32)
 LOGITS = hnp.arrays(np.float32, st.integers(1, 700), elements=FINITE)

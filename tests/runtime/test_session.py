@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from onnx import TensorProto, helper
+
 from effc.errors import EngineError, MissingDependencyError, UsageError
 from effc.runtime.bundle import MANIFEST, Port
 from effc.runtime.session import load
-from onnx import TensorProto, helper
 
 MakeLm = Callable[..., Path]
 MakeEngine = Callable[..., Path]

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import tokenizers
+
 from effc.errors import EngineError, UsageError
 from effc.runtime import assets as assets_module
 from effc.runtime.assets import Assets

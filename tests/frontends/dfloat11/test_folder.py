@@ -9,9 +9,10 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
+
 from effc.errors import InputError, OutputError
 from effc.frontends.dfloat11 import import_dfloat11
-from safetensors.numpy import load_file, save_file
 
 _spec = importlib.util.spec_from_file_location("dfloat11_writer", Path(__file__).parent / "writer.py")
 assert _spec is not None

@@ -9,6 +9,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+
 from effc.errors import InputError
 from effc.frontends.dfloat11_stream import Group, decode_group
 

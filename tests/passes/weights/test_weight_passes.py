@@ -8,6 +8,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
+
 from effc import kernels
 from effc.errors import ContractError, UsageError
 from effc.ir.program import Program, Source, Task
