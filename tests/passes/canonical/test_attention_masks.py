@@ -6,6 +6,7 @@ import pytest
 from graph_programs import assert_same_outputs, canonical, program, random_feeds, run
 
 from effc.ir.analysis.attention import attention_sites
+from effc.ir.analysis.masks import mask_meaning
 from effc.ir.program import Task
 
 INPUTS = "float[batch,2,seq,8] q, float[batch,2,seq,8] k, float[batch,2,seq,8] v"
@@ -143,6 +144,31 @@ def test_additive_and_boolean_masks_join() -> None:
     result = canonical(source)
     assert [node.op_type for node in result.graph] == ["Where", "Attention"]
     assert_same_outputs(source, result, {"batch": 2, "seq": 5, "past": 0})
+
+
+def test_a_window_to_both_sides_is_understood() -> None:
+    text = f"""g ({INPUTS}) => (float[batch,2,seq,8] y) {{
+      seq0 = Shape<start = 2, end = 3>(q)
+      seq = Squeeze(seq0)
+      zero = Constant<value_int = 0>()
+      one = Constant<value_int = 1>()
+      axes = Constant<value_ints = [1]>()
+      keys = Range(zero, seq, one)
+      queries = Unsqueeze(keys, axes)
+      apart = Sub(queries, keys)
+      distance = Abs(apart)
+      w = Constant<value_int = 2>()
+      keep = LessOrEqual(distance, w)
+      y = Attention(q, k, v, keep)
+    }}"""
+    source = program(text)
+    result = canonical(source)
+    (site,) = attention_sites(result.graph)
+    meaning = mask_meaning(site.mask)
+    assert (meaning.upper, meaning.lower) == (2, -3)
+    assert "Abs" not in [node.op_type for node in result.graph]
+    for seq in (1, 3, 9):
+        assert_same_outputs(source, result, {"batch": 2, "seq": seq, "past": 0})
 
 
 def test_padding_is_named() -> None:
