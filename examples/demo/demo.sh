@@ -22,7 +22,7 @@ say "run"
 run effc generate "$engine" --prompt "The three laws of robotics are" --max-new-tokens 40 --stream
 
 say "measure: the engine against the plain fp32 export, interleaved"
-run effc bench "$engine" --against "$gguf"
+run effc bench "$engine" --against "$gguf" --repeats 3
 
 say "done"
 echo "engine: $engine    report: $engine/report.html"
