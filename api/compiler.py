@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from effc.backends import backend
 from effc.backends.base import Backend, Progress
@@ -30,6 +30,8 @@ BASE_BYTES = 900 << 20
 """Resident memory of the libraries and a graph without weights."""
 HARD_SHAPES_UP_TO = 1 << 30
 """Models with more bytes of weights are checked at one small shape instead of several."""
+SMALL_SEGMENT = 96 << 20
+"""Bytes of weights such a check holds at once."""
 LARGEST_COPIES = 6
 """Copies of the largest weight that a step may hold at once: source, widened, coded, checked."""
 
@@ -194,8 +196,11 @@ def _refuse_early(plan: Plan, output: Path) -> None:
 def _instruments(check: bool, dump: Path | None, step: Progress, plan: Plan) -> list[Instrument]:
     instruments: list[Instrument] = [_Stage(step)]
     if check:
-        shapes: Literal["hard", "quick"] = "hard" if plan.weight_bytes <= HARD_SHAPES_UP_TO else "quick"
-        instruments += [ContractCheck(shapes), WeightCheck()]
+        if plan.weight_bytes <= HARD_SHAPES_UP_TO:
+            instruments.append(ContractCheck("hard"))
+        else:
+            instruments.append(ContractCheck("quick", limit=SMALL_SEGMENT))
+        instruments.append(WeightCheck())
     if dump is not None:
         instruments.append(DumpStages(dump))
     return [*instruments, PeakMemory()]

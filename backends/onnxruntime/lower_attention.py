@@ -11,10 +11,12 @@ from collections.abc import Iterable
 
 import numpy as np
 import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnx_ir.tape import Tape
 
 from effc.ir.analysis.attention import AttentionSite, attention_sites
 from effc.ir.program import Program, Task
+from effc.passes.fusions import packed_heads
 
 CONTRIB = "com.microsoft"
 
@@ -26,6 +28,7 @@ def lower_cached_attention(program: Program) -> bool:
         Whether the cache is now in place: all cache tensors belong to lowered nodes.
     """
     graph = program.graph
+    _pack(program)
     sites = attention_sites(graph)
     count = sum(node.op_type == "Attention" and node.domain == "" for node in graph)
     if program.task != Task.CAUSAL_LM or len(sites) != count or not all(_fits(site) for site in sites):
@@ -43,6 +46,15 @@ def lower_cached_attention(program: Program) -> bool:
         _lower(site, lengths, biases, causal)
     program.model.opset_imports[CONTRIB] = 1
     return bool(sites)
+
+
+def _pack(program: Program) -> None:
+    """Let attention read [batch, seq, heads * size], which the operator wants, where that takes no transpose."""
+    for site in attention_sites(program.graph):
+        found = packed_heads.match(site)
+        if not isinstance(found, str):
+            packed_heads.rewrite(found)
+    RemoveUnusedNodesPass()(program.model)
 
 
 def _cache_pairs(sites: Iterable[AttentionSite]) -> set[tuple[ir.Value | None, ir.Value | None]]:
@@ -111,10 +123,12 @@ def _lower(site: AttentionSite, lengths: _Lengths, biases: dict[ir.Value, ir.Val
     node, size = site.node, site.head_size
     assert node.graph is not None
     tape = Tape()
+    widths = (site.heads * size, site.kv_heads * size, site.kv_heads * size)
+    operands = [site.q, site.k, site.v]
+    if not site.packed:
+        operands = [_packed(tape, value, width) for value, width in zip(operands, widths, strict=True)]
     inputs = [
-        _packed(tape, site.q, site.heads * size),
-        _packed(tape, site.k, site.kv_heads * size),
-        _packed(tape, site.v, site.kv_heads * size),
+        *operands,
         site.past_key,
         site.past_value,
         lengths.last,
@@ -136,7 +150,9 @@ def _lower(site: AttentionSite, lengths: _Lengths, biases: dict[ir.Value, ir.Val
         new.type, new.shape = old.type, old.shape
     attention.outputs[0].dtype = ir.DataType.FLOAT
     unpack = Tape()
-    result = _unpacked(unpack, attention.outputs[0], site.heads, size)
+    result = attention.outputs[0]
+    if not site.packed:
+        result = _unpacked(unpack, result, site.heads, size)
     result.type, result.shape = site.output.type, site.output.shape
     names = [output.name for output in node.outputs[1:3]]
     ir.convenience.replace_nodes_and_values(

@@ -16,10 +16,11 @@ from effc.ir.rewrite.sizes import Size, shape_of
 
 @dataclass(frozen=True)
 class AttentionSite:
-    """One `Attention` in canonical form: 4-axis inputs `[batch, heads, tokens, head_size]`.
+    """One `Attention`: its inputs are `[batch, heads, tokens, size]`, or packed `[batch, tokens, heads * size]`.
 
     Attributes:
         name: `attention` and its layer, for reports only.
+        packed: Whether q, k, v and the output have the packed form.
         node: The node.
         q: Queries `[batch, heads, queries, head_size]`.
         k: New keys `[batch, kv_heads, new, head_size]`.
@@ -47,6 +48,7 @@ class AttentionSite:
     """
 
     name: str
+    packed: bool
     node: ir.Node
     q: ir.Value
     k: ir.Value
@@ -77,13 +79,14 @@ def attention_sites(graph: ir.Graph) -> tuple[AttentionSite, ...]:
 
 
 def attention_site(node: ir.Node) -> AttentionSite | None:
-    """The site of one node; None when it is no `Attention` with 4-axis inputs and plain head counts and sizes."""
+    """The site of one node; None when it is no `Attention` with plain head counts and sizes."""
     if not is_op(node, "Attention") or any(value is None for value in node.inputs[:3]):
         return None
     q, k, v = node.inputs[:3]
     assert q is not None and k is not None and v is not None
-    shapes = [shape_of(value) for value in (q, k, v)]
-    if any(shape is None or len(shape) != 4 for shape in shapes):
+    heads_of = (attribute_int(node, name, 0) for name in ("q_num_heads", "kv_num_heads", "kv_num_heads"))
+    shapes = [_by_heads(shape_of(value), heads) for value, heads in zip((q, k, v), heads_of, strict=True)]
+    if any(shape is None for shape in shapes):
         return None
     q_shape, k_shape, v_shape = (shape for shape in shapes if shape is not None)
     numbers = (q_shape[1], k_shape[1], q_shape[3], v_shape[3])
@@ -96,6 +99,7 @@ def attention_site(node: ir.Node) -> AttentionSite | None:
     causal, meaning = _visibility(node, mask, q_shape[2], keys)
     return AttentionSite(
         name="attention",
+        packed=len(shape_of(q) or ()) == 3,
         node=node,
         q=q,
         k=k,
@@ -119,6 +123,15 @@ def attention_site(node: ir.Node) -> AttentionSite | None:
         padding=meaning.padding if meaning is not None else None,
         understood=mask is None or meaning is not None,
     )
+
+
+def _by_heads(shape: Sequence[Size] | None, heads: int) -> tuple[Size, ...] | None:
+    """A shape as `[batch, heads, tokens, size]`; None when it is neither that nor packed with a known width."""
+    if shape is None or len(shape) == 4:
+        return tuple(shape) if shape is not None else None
+    if len(shape) != 3 or not heads or not isinstance(shape[2], int):
+        return None
+    return (shape[0], heads, shape[1], shape[2] // heads)
 
 
 def _visibility(node: ir.Node, mask: ir.Value | None, queries: Size, keys: Size) -> tuple[bool, MaskMeaning | None]:

@@ -38,6 +38,8 @@ class PackedHeads:
 
 def match(site: AttentionSite) -> PackedHeads | str:
     """The rewrite of one attention, or why it does not apply."""
+    if site.packed:
+        return "it is packed already"
     if len(site.node.outputs) > 3 or len([value for value in site.node.inputs if value is not None]) > 6:
         return "it has outputs or inputs that the packed form is not used with"
     builders = []
