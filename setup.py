@@ -29,7 +29,8 @@ class BuildKernels(build_ext):
         """Configure, build and place the shared library."""
         if os.environ.get("EFFC_BUILD_KERNELS", "1") == "0":
             return
-        target = HERE / "kernels" if self.inplace else Path(self.build_lib).resolve() / "effc" / "kernels"
+        in_source = self.editable_mode or self.inplace
+        target = HERE / "kernels" if in_source else Path(self.build_lib).resolve() / "effc" / "kernels"
         build = HERE / "build" / f"kernels-{sys.platform}"
         subprocess.run(
             [

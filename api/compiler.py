@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,44 +10,27 @@ from typing import Any
 
 from effc.backends import backend
 from effc.backends.base import Backend, Progress
-from effc.backends.engine_folder import new_engine_folder, seal
+from effc.backends.engine_folder import check_replaceable, new_engine_folder, seal
 from effc.backends.lowering import Lowering
-from effc.errors import OutputError, UsageError
+from effc.errors import UsageError
 from effc.frontends import import_model
 from effc.ir.program import Program, Task
-from effc.ir.store import cache_folder, content_key
+from effc.ir.store import Store, cache_folder, content_key
 from effc.passes.base import Pass
 from effc.passes.instruments import DumpStages, Instrument, PeakMemory, Stopwatch, peak_rss
 from effc.passes.pipeline import expand, run_pipeline, run_step
 from effc.passes.pipeline_text import format_pipeline, parse_pipeline
+from effc.plan import Plan, plan_run, require_space
 from effc.runtime.bundle import MANIFEST, Manifest
+from effc.verify.budget import parse_budget
 from effc.verify.contracts import ContractCheck
 from effc.verify.report import write_report
 from effc.verify.weights import WeightCheck
 
-BASE_BYTES = 900 << 20
-"""Resident memory of the libraries and a graph without weights."""
 HARD_SHAPES_UP_TO = 1 << 30
 """Models with more bytes of weights are checked at one small shape instead of several."""
 SMALL_SEGMENT = 96 << 20
 """Bytes of weights such a check holds at once."""
-LARGEST_COPIES = 6
-"""Copies of the largest weight that a step may hold at once: source, widened, coded, checked."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a run will need, known before it starts the heavy work.
-
-    Attributes:
-        weight_bytes: Bytes of the weights in the source.
-        peak_bytes: Estimate of the peak resident memory.
-        disk_bytes: Upper bound of the disk space for cache and engine.
-    """
-
-    weight_bytes: int
-    peak_bytes: int
-    disk_bytes: int
 
 
 @dataclass(frozen=True)
@@ -82,6 +64,7 @@ def optimize(
     dtype: str | None = None,
     example_inputs: Any = None,
     check: bool = True,
+    budget: str | None = None,
     dump: Path | None = None,
     progress: Progress | None = None,
     announce: Callable[[str], None] | None = None,
@@ -102,6 +85,7 @@ def optimize(
         dtype: Storage dtype of weights that the source holds quantised (`bfloat16`, `float32`).
         example_inputs: For a torch module: the inputs to export with.
         check: Measure every pass's contract and the decoded weights.
+        budget: Limits of approximate passes, such as `max-rel=0.05,top1=0.98`.
         dump: Folder for the graph after each pass, as text.
         progress: Called with stage, bytes done, bytes in all.
         announce: Called with one-line notes: what was decided, what will be needed.
@@ -120,6 +104,8 @@ def optimize(
     chosen = backend(target)
     if output is None and not dry_run:
         raise UsageError("optimize needs an output folder. Name one with -o DIR, or ask for a dry run.")
+    if output is not None and not dry_run:
+        check_replaceable(Path(output))
     step("import", 0, 0)
     program = import_model(
         model,
@@ -133,16 +119,17 @@ def optimize(
     for note in program.source.notes:
         say(note)
     plan = plan_run(program)
-    say(_plan_text(plan))
+    say(plan.text())
     if dry_run:
         return OptimizeResult(program, None, None, _dry_run(program, requested, target, plan, watch))
     assert output is not None
-    _refuse_early(plan, Path(output))
-    instruments = _instruments(check, dump, step, plan)
+    require_space(plan, Path(output))
+    instruments = _instruments(_contract_check(plan, budget) if check else None, dump, step)
     run_pipeline(program, requested, instruments, allow_noop=allow_noop)
     canonical = program.clone()
     run_step(program, Lowering(chosen, portable), instruments)
     manifest = _write(program, Path(output), chosen, portable, step)
+    Store().prune()
     return OptimizeResult(canonical, Path(output), manifest, _summary(manifest, Path(output), watch))
 
 
@@ -166,41 +153,17 @@ def reference_engine(
     return folder
 
 
-def plan_run(program: Program) -> Plan:
-    """Estimate memory and disk from the weights, before any of them is read."""
-    sizes = [value.const_value.nbytes for value in program.graph.initializers.values() if value.const_value is not None]
-    total = program.weight_bytes()
-    # fp32 copies of the largest weight are twice its stored bytes.
-    return Plan(total, BASE_BYTES + LARGEST_COPIES * 2 * max(sizes, default=0), 2 * total + (256 << 20))
+def _contract_check(plan: Plan, budget: str | None) -> ContractCheck:
+    limits = parse_budget(budget) if budget is not None else None
+    if plan.weight_bytes <= HARD_SHAPES_UP_TO:
+        return ContractCheck("hard", budget=limits)
+    return ContractCheck("quick", budget=limits, limit=SMALL_SEGMENT)
 
 
-def _plan_text(plan: Plan) -> str:
-    return (
-        f"weights {plan.weight_bytes / 1e6:.0f} MB; needs up to {plan.peak_bytes / 1e9:.1f} GB of memory "
-        f"and {plan.disk_bytes / 1e9:.1f} GB of disk"
-    )
-
-
-def _refuse_early(plan: Plan, output: Path) -> None:
-    parent = output.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    free = shutil.disk_usage(parent).free
-    if free < plan.weight_bytes // 2:
-        raise OutputError(
-            f"{output}: the disk has {free / 1e9:.2f} GB left, the engine needs {plan.weight_bytes / 1e9:.2f} GB. "
-            "Free space or name another place. Nothing was written."
-        )
-
-
-def _instruments(check: bool, dump: Path | None, step: Progress, plan: Plan) -> list[Instrument]:
+def _instruments(check: ContractCheck | None, dump: Path | None, step: Progress) -> list[Instrument]:
     instruments: list[Instrument] = [_Stage(step)]
-    if check:
-        if plan.weight_bytes <= HARD_SHAPES_UP_TO:
-            instruments.append(ContractCheck("hard"))
-        else:
-            instruments.append(ContractCheck("quick", limit=SMALL_SEGMENT))
-        instruments.append(WeightCheck())
+    if check is not None:
+        instruments += [check, WeightCheck()]
     if dump is not None:
         instruments.append(DumpStages(dump))
     return [*instruments, PeakMemory()]

@@ -31,7 +31,7 @@ def new_engine_folder(output: Path) -> Iterator[Path]:
     Raises:
         OutputError: `output` is something else, its parent cannot be written, or the disk is full.
     """
-    _check_replaceable(output)
+    check_replaceable(output)
     partial = _partial_folder(output)
     try:
         yield partial
@@ -42,7 +42,15 @@ def new_engine_folder(output: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _check_replaceable(output: Path) -> None:
+def check_replaceable(output: Path) -> None:
+    """Refuse a place where no engine can be written.
+
+    Raises:
+        OutputError: It is a link, a file, below a file, or a folder with other files in it.
+    """
+    above = next(parent for parent in output.absolute().parents if parent.exists())
+    if not above.is_dir():
+        raise OutputError(f"{output}: {above} is not a folder. Name another place.")
     if output.is_symlink() or (output.exists() and not output.is_dir()):
         raise OutputError(f"{output}: exists and is not a folder. Name another place.")
     if output.is_dir() and any(output.iterdir()) and not (output / MANIFEST).is_file():

@@ -32,12 +32,6 @@ Examples:
 @click.option("--recipe", type=click.Path(exists=True, dir_okay=False, path_type=Path), help="A recipe file (TOML).")
 @click.option("--target", metavar="NAME", help=f"Where it will run; `effc doctor` lists. Default: {DEFAULT_TARGET}.")
 @click.option("--portable", is_flag=True, help="Write standard ONNX ops only: runs without our kernels, slower.")
-@click.option(
-    "--calibrate",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    metavar="FILE",
-    help="Inputs that approximate passes measure on.",
-)
 @budget_option
 @click.option("--allow-noop", is_flag=True, help="Accept a pass that changes nothing; without it that is an error.")
 @click.option("--dry-run", is_flag=True, help="Report the sites every pass would change; write nothing.")
@@ -58,7 +52,6 @@ def command(
     recipe: Path | None,
     target: str | None,
     portable: bool,
-    calibrate: Path | None,
     budget: str | None,
     allow_noop: bool,
     dry_run: bool,
@@ -76,7 +69,6 @@ def command(
     if output is None and not dry_run:
         raise UsageError("optimize needs a place for the engine. Name one with -o DIR, or ask for --dry-run.")
     plan = _chosen_recipe(passes, preset_name, recipe)
-    limits: dict[str, Any] = {"budget": budget or plan.budget, "calibrate": calibrate}
     from effc.compiler import optimize
 
     with reporting(quiet=quiet) as reporter:
@@ -92,7 +84,7 @@ def command(
             task=task,
             dtype=dtype,
             dump=dump,
-            **{name: value for name, value in limits.items() if value is not None},
+            budget=budget or plan.budget,
             progress=reporter.progress,
             announce=reporter.announce,
         )

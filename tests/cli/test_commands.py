@@ -91,9 +91,7 @@ def test_optimize_passes_every_flag_on(effc, compiler, tmp_path) -> None:
         "t",
         "--quiet",
     ]
-    sample = tmp_path / "sample.txt"
-    sample.write_text("words")
-    result = effc("optimize", "model", *words, "--dump", tmp_path, "--budget", "top1=0.9", "--calibrate", sample)
+    result = effc("optimize", "model", *words, "--dump", tmp_path, "--budget", "top1=0.9")
     assert result.code == 0
     assert result.err == ""
     _, output, options = compiler.calls[0]
@@ -108,7 +106,6 @@ def test_optimize_passes_every_flag_on(effc, compiler, tmp_path) -> None:
         "target": "t",
         "dump": tmp_path,
         "budget": "top1=0.9",
-        "calibrate": sample,
     }
     assert {key: options[key] for key in expected} == expected
 
@@ -119,7 +116,7 @@ def test_optimize_passes_every_flag_on(effc, compiler, tmp_path) -> None:
         (
             "effc.compiler",
             "optimize",
-            "passes target portable calibrate budget allow_noop dry_run twin task dtype dump progress announce",
+            "passes target portable budget allow_noop dry_run twin task dtype dump progress announce",
         ),
         ("effc.compiler", "reference_engine", "dtype task twin"),
         ("effc.frontends", "import_model", "task dtype twin check progress"),
