@@ -71,11 +71,18 @@ def _key(architecture: Architecture, interface: Interface) -> str:
         model_class=architecture.model_class.__name__,
         encoder_only=architecture.encoder_only,
         task=str(architecture.task),
-        config=architecture.config.to_dict(),
+        config=_named_by_content(architecture.config.to_dict()),
         inputs={name: list(tensor.shape) for name, tensor in interface.inputs.items()},
         axes=[dict(axes) for axes in interface.axes],
         outputs=interface.outputs,
     )
+
+
+def _named_by_content(config: Any) -> Any:
+    """A configuration without the places it was read from, which say nothing about the graph."""
+    if isinstance(config, dict):
+        return {key: _named_by_content(value) for key, value in config.items() if key != "_name_or_path"}
+    return config
 
 
 def _save(store: Store, key: str, model: ir.Model, notes: tuple[str, ...], parameters: set[str]) -> None:
