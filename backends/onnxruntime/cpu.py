@@ -17,6 +17,7 @@ from effc.backends.engine_folder import write_assets
 from effc.backends.onnxruntime.external_weights import write_external_weights
 from effc.backends.onnxruntime.interface import cache_layout, ports
 from effc.backends.onnxruntime.lower_attention import is_in_place, lower_cached_attention
+from effc.backends.onnxruntime.portable_weights import use_portable_layouts
 from effc.backends.onnxruntime.widen_weights import widen_cast_weights
 from effc.errors import MissingDependencyError
 from effc.ir.analysis.weight_memory import weight_memory
@@ -47,6 +48,7 @@ class OnnxRuntimeCpu(Backend):
         """Widen small half-precision weights, lower cached attention or inline the dialect."""
         lowered = program.clone()
         if portable:
+            use_portable_layouts(lowered.graph)
             inline_dialect(lowered.model)
         else:
             infer_dialect_types(lowered.graph)

@@ -18,6 +18,7 @@ import onnx_ir as ir
 from onnx_ir.tape import Tape
 
 from effc.errors import InputError
+from effc.ir.dialect.base import DOMAIN
 from effc.ir.weights import tensor_shape
 
 LAYOUTS = ("raw", "huffman", "rank4", "rank3")
@@ -72,6 +73,30 @@ def raw_weight(value: ir.Value) -> StoredWeight:
     assert tensor is not None
     rows, columns = tensor_shape(tensor)
     return StoredWeight("raw", tensor.dtype, rows, columns, (value,))
+
+
+def replace_weight(graph: ir.Graph, old: StoredWeight, new: StoredWeight) -> None:
+    """Let every dialect node that reads a weight read another form of it.
+
+    Args:
+        graph: The graph; gets the new tensors, and loses the old ones that nothing else reads.
+        old: The weight as it is read now.
+        new: The same weight in another layout.
+    """
+    for tensor in new.tensors:
+        graph.initializers.pop(str(tensor.name), None)
+        graph.register_initializer(tensor)
+    for node in {use.node for use in old.tensors[0].uses() if use.node.domain == DOMAIN}:
+        operands = 0 if node.op_type == "DecodeWeight" else 1
+        node.resize_inputs(operands + len(new.tensors))
+        for index, tensor in enumerate(new.tensors, start=operands):
+            node.replace_input_with(index, tensor)
+        for name, attribute in new.attributes().items():
+            node.attributes.add(ir.convenience.convert_attribute(name, attribute))
+    for tensor in old.tensors:
+        unused = not tensor.uses() and not tensor.is_graph_output()
+        if unused and graph.initializers.get(str(tensor.name)) is tensor:
+            del graph.initializers[str(tensor.name)]
 
 
 def decode_body(node: ir.Node, tape: Tape, pick: ir.Value | None = None) -> ir.Value:

@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from effc.errors import UsageError
 from effc.ir.dialect import is_dialect_node
-from effc.ir.dialect.stored_weight import StoredWeight, stored_weight
+from effc.ir.dialect.stored_weight import StoredWeight, raw_weight, replace_weight, stored_weight
 from effc.ir.program import Program
 from effc.ir.store import Store, content_key
 from effc.ir.weights import tensor_shape
@@ -86,7 +86,7 @@ class LosslessWeights(Pass):
         for site in sites:
             value, prediction = site.payload
             coded, digest = self._coded(value, store)
-            _replace(program.graph, value, coded)
+            replace_weight(program.graph, raw_weight(value), coded)
             tensors.append({**_figures(value, prediction, coded), "sha256": digest})
         return PassReport([site.name for site in sites], details={"tensors": tensors, "layout": self.layout})
 
@@ -159,21 +159,6 @@ def _initializer(tensor: ir.TensorProtocol) -> ir.Value:
     return ir.Value(
         name=tensor.name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor_shape(tensor)), const_value=tensor
     )
-
-
-def _replace(graph: ir.Graph, value: ir.Value, coded: StoredWeight) -> None:
-    """Let every reader of a raw weight read the coded one, and drop the raw one when no other node needs it."""
-    for tensor in coded.tensors:
-        graph.register_initializer(tensor)
-    for node in {use.node for use in value.uses() if is_dialect_node(use.node)}:
-        operands = [] if node.op_type == "DecodeWeight" else [node.inputs[0]]
-        node.resize_inputs(len(operands) + len(coded.tensors))
-        for index, tensor in enumerate(coded.tensors, start=len(operands)):
-            node.replace_input_with(index, tensor)
-        for name, attribute in coded.attributes().items():
-            node.attributes.add(ir.convenience.convert_attribute(name, attribute))
-    if not value.uses() and not value.is_graph_output():
-        del graph.initializers[str(value.name)]
 
 
 def _integer_gain(tensor: ir.TensorProtocol) -> str:

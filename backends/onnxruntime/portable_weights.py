@@ -1,0 +1,50 @@
+"""Gives coded weights a layout whose op has a body in standard ONNX, for engines without our kernels."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import numpy as np
+import onnx_ir as ir
+
+from effc.ir.dialect import is_dialect_node
+from effc.ir.dialect.stored_weight import StoredWeight, replace_weight, stored_weight
+from effc.ir.weights import computed_tensor
+from effc.kernels import codec
+
+
+def use_portable_layouts(graph: ir.Graph) -> None:
+    """Turn every `huffman` and `rank3` weight into `rank4`, or into `raw` for fp16, bit for bit."""
+    done: set[ir.Value] = set()
+    for node in list(graph.all_nodes()):
+        if not is_dialect_node(node):
+            continue
+        weight = stored_weight(node)
+        if weight.layout in ("huffman", "rank3") and weight.tensors[0] not in done:
+            done.add(weight.tensors[0])
+            replace_weight(graph, weight, _portable(weight))
+
+
+def _portable(weight: StoredWeight) -> StoredWeight:
+    layout: codec.Layout = "raw" if weight.dtype == ir.DataType.FLOAT16 else "rank4"
+    dtype = codec.dtype_name(weight.dtype.numpy())
+    shape = (weight.rows, weight.columns)
+    base = str(weight.tensors[0].name).rpartition(".")[0]
+
+    def tensors() -> tuple[np.ndarray, ...]:
+        parts = tuple(value.const_value.numpy() for value in weight.tensors if value.const_value is not None)
+        coded = codec.CodedWeight(dtype, shape, cast("codec.Layout", weight.layout), parts)
+        return codec.transcode(coded, layout).tensors
+
+    # Only the sizes are kept; each tensor is transcoded again when it is written.
+    sizes = [(part.dtype, part.shape) for part in tensors()]
+    values = []
+    for index, (name, (numpy_dtype, part_shape)) in enumerate(
+        zip(codec.tensor_names(layout, dtype), sizes, strict=True)
+    ):
+        element = ir.DataType.from_numpy(numpy_dtype)
+        tensor = computed_tensor(lambda index=index: tensors()[index], element, part_shape, f"{base}.{name}")  # type: ignore[misc]
+        values.append(
+            ir.Value(name=tensor.name, type=ir.TensorType(element), shape=ir.Shape(part_shape), const_value=tensor)
+        )
+    return StoredWeight(layout, weight.dtype, weight.rows, weight.columns, tuple(values))
