@@ -8,6 +8,7 @@ from typing import Any
 
 import onnx_ir as ir
 
+from effc.errors import InputError
 from effc.frontends import skeleton
 from effc.frontends.architecture import Architecture
 from effc.frontends.causal_lm import causal_lm_interface
@@ -51,8 +52,21 @@ def lower(architecture: Architecture, progress: Callable[[str], None]) -> Lowere
     Raises:
         InputError: It cannot be built or traced.
     """
+    try:
+        return _lower(architecture, "sdpa", progress)
+    except InputError as fused:
+        # Some fused attentions have no ONNX form (Falcon's, for one); their separate products may have.
+        try:
+            return _lower(architecture, "eager", progress)
+        except InputError:
+            raise fused from None
+
+
+def _lower(architecture: Architecture, attention: str, progress: Callable[[str], None]) -> Lowered:
     progress(f"building {architecture.model_class.__name__}")
-    whole, notes = skeleton.build(architecture.model_class, architecture.config)
+    whole, notes = skeleton.build(architecture.model_class, architecture.config, attention)
+    if attention == "eager":
+        notes = (*notes, "Its fused attention has no ONNX form; attention is exported as separate products.")
     part = traced_part(whole, architecture)
     interface = interface_of(part, architecture.task)
     graph, limits = traced_graph(architecture, interface, PREFIX, progress)

@@ -11,8 +11,8 @@ from effc.frontends.environment import require
 _SDPA_MISSING = re.compile(r"does not support an attention implementation|scaled_dot_product_attention")
 
 
-def build(model_class: Any, config: Any) -> tuple[Any, tuple[str, ...]]:
-    """Build a model in float32 for tracing.
+def build(model_class: Any, config: Any, attention: str = "sdpa") -> tuple[Any, tuple[str, ...]]:
+    """Build a model in float32 for tracing, with fused attention (`sdpa`) or separate products (`eager`).
 
     Parameters are allocated and left uninitialised, so the system reserves their memory and commits none of it;
     buffers (inverse frequencies, scales) are computed as usual.
@@ -29,7 +29,7 @@ def build(model_class: Any, config: Any) -> tuple[Any, tuple[str, ...]]:
     notes: tuple[str, ...] = ()
     with no_init_weights(), torch.no_grad():
         try:
-            model = _from_config(model_class, config, "sdpa")
+            model = _from_config(model_class, config, attention)
         except (ValueError, ImportError) as error:
             if not _SDPA_MISSING.search(str(error)):
                 raise _unusable(model_class, error) from error

@@ -70,6 +70,7 @@ def _key(architecture: Architecture, interface: Interface) -> str:
         versions=versions,
         model_class=architecture.model_class.__name__,
         encoder_only=architecture.encoder_only,
+        attention=str(getattr(interface.module.model.config, "_attn_implementation", None)),
         task=str(architecture.task),
         config=_named_by_content(architecture.config.to_dict()),
         inputs={name: list(tensor.shape) for name, tensor in interface.inputs.items()},
