@@ -79,7 +79,7 @@ class Manifest:
         portable: Whether the graph holds standard ops only.
         needs_kernels: Whether loading needs the custom-op library.
         model: File name of the graph.
-        inputs: Inputs that are not cache.
+        inputs: Inputs that are not cache and must be fed.
         outputs: Outputs that are not cache.
         cache: Cache layout, or None.
         pipeline: Pipeline text that was run.
@@ -91,6 +91,7 @@ class Manifest:
         opset: Opset of the graph.
         ir_version: ONNX IR version of the graph.
         files: File name -> {`bytes`, `sha256`} of every other file in the folder.
+        optional_inputs: Inputs with a default: `num_logits` int64 [1], how many of the last tokens get logits (all).
     """
 
     effc_version: str
@@ -111,6 +112,7 @@ class Manifest:
     opset: int
     ir_version: int
     files: dict[str, dict[str, Any]]
+    optional_inputs: list[Port] = field(default_factory=list)
 
     def to_json(self) -> str:
         """The manifest as the text of `effc.json`."""
@@ -153,8 +155,9 @@ def read_manifest(folder: Path) -> Manifest:
 
 def _parse(path: Path, content: Mapping[str, Any]) -> Manifest:
     try:
-        values = {item.name: content[item.name] for item in fields(Manifest)}
+        values = {item.name: content[item.name] for item in fields(Manifest) if item.name != "optional_inputs"}
         values["inputs"] = [Port(**port) for port in values["inputs"]]
+        values["optional_inputs"] = [Port(**port) for port in content.get("optional_inputs", [])]
         values["outputs"] = [Port(**port) for port in values["outputs"]]
         if values["cache"] is not None:
             ports = [CachePort(**port) for port in values["cache"]["ports"]]

@@ -271,7 +271,7 @@ class _Batch:
             "position_ids": np.maximum(np.arange(start, end)[None, :] - self._starts, 0) * running,
         }
         taken = {name: feeds[name].astype(dtype, copy=False) for name, dtype in self._dtypes.items()}
-        outputs = self._state.run(taken, [LOGITS] if wanted else [])
+        outputs = self._state.run(taken, [LOGITS] if wanted else [], num_logits=1)
         return outputs[LOGITS][:, -1] if wanted else np.empty(0)
 
 
@@ -317,6 +317,6 @@ def _default_chunk(engine: Engine, batch: int, width: int) -> int:
     shape = next(port.shape for port in engine.manifest.outputs if port.name == LOGITS)
     vocabulary = shape[-1] if isinstance(shape[-1], int) else 1
     in_place = engine.manifest.cache is not None and engine.manifest.cache.mode == "in-place"
-    if shape[1] == 1 or (batch > 1 and in_place):
+    if shape[1] == 1 or engine.chooses_logits or (batch > 1 and in_place):
         return width
     return min(width, max(16, LOGITS_LIMIT // (4 * vocabulary * batch)))

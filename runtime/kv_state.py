@@ -19,6 +19,10 @@ RESERVE = 128
 BATCH, PAST = "batch", "past"
 """The symbols a cache shape may hold."""
 
+NUM_LOGITS = "num_logits"
+"""Optional input of an engine: how many of the last tokens get logits."""
+ALL_LOGITS = np.iinfo(np.int64).max
+
 
 class Cache(ABC):
     """Tensors bound as the cache inputs and outputs of a session.
@@ -134,6 +138,7 @@ class KvState:
         self.max_length = max_length
         self._session = session
         self._dtypes = {port.name: port.dtype for port in inputs}
+        self._selects_logits = any(value.name == NUM_LOGITS for value in session.get_overridable_initializers())
         self._binding = session.io_binding()
         self._cache = _make_cache(layout, batch, device, max_length)
 
@@ -142,13 +147,16 @@ class KvState:
         """Cache input name -> the tensor bound to it now."""
         return {port.input: value for port, value in zip(self._cache.ports, self._cache.values)}
 
-    def run(self, feeds: Mapping[str, np.ndarray], outputs: Sequence[str]) -> dict[str, np.ndarray]:
+    def run(
+        self, feeds: Mapping[str, np.ndarray], outputs: Sequence[str], *, num_logits: int | None = None
+    ) -> dict[str, np.ndarray]:
         """Append the fed tokens to the cache and compute outputs.
 
         Args:
             feeds: Every input that is not cache, with its dtype; `input_ids` is [batch, seq] and
                 `attention_mask`, when the engine takes it, [batch, length + seq].
             outputs: Outputs wanted that are not cache.
+            num_logits: How many of the last tokens get logits, where the engine can choose; None for all.
 
         Returns:
             Output name -> array. Its memory belongs to the run: it stays valid for as long as the array lives.
@@ -161,6 +169,9 @@ class KvState:
         if self.max_length is not None and total > self.max_length:
             raise UsageError(f"the cache holds at most {self.max_length} tokens, {total} were fed. Raise max_length.")
         self._bind(feeds, outputs, total)
+        if self._selects_logits:
+            count = np.array([ALL_LOGITS if num_logits is None else num_logits], np.int64)
+            self._binding.bind_ortvalue_input(NUM_LOGITS, to_ort(count, "int64"))
         self._run()
         names = [*(port.output for port in self._cache.ports), *outputs]
         results = dict(zip(names, self._binding.get_outputs()))

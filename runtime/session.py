@@ -16,7 +16,7 @@ from effc.runtime.assets import Assets
 from effc.runtime.bundle import CachePort, Manifest, Port, check_files, read_manifest
 from effc.runtime.embed import embed
 from effc.runtime.generate import Generation, generate
-from effc.runtime.kv_state import KvState, port_shape
+from effc.runtime.kv_state import NUM_LOGITS, KvState, port_shape
 from effc.runtime.tensors import check_feeds, storage_dtype, to_numpy, to_ort
 from effc.runtime.threads import default_threads
 from effc.runtime.tokenizer import Tokenizer
@@ -224,6 +224,11 @@ class Engine:
         except Exception as error:  # onnxruntime's errors have no common base of their own
             raise EngineError(f"{self.folder}: the engine failed while running: {error}") from error
         return {name: to_numpy(value, dtype) for (name, dtype), value in zip(wanted.items(), results)}
+
+    @property
+    def chooses_logits(self) -> bool:
+        """Whether the engine computes only the logits that are asked for."""
+        return any(port.name == NUM_LOGITS for port in self.manifest.optional_inputs)
 
     def new_state(self, batch: int, *, max_length: int | None = None) -> KvState:
         """An empty cache for a batch, to run the engine step by step.

@@ -78,7 +78,7 @@ class Worker:
         return {"peak_rss": peak_resident(), "cpu": time.process_time()}
 
     def _run(self, state: KvState, ids: np.ndarray, outputs: list[str]) -> None:
-        state.run(token_feed(self.engine, ids, state.length), outputs)
+        state.run(token_feed(self.engine, ids, state.length), outputs, num_logits=1)
 
     def _ids(self, batch: int, count: int) -> np.ndarray:
         vocabulary = int(text_config(self.engine.manifest.config).get("vocab_size") or 32)
@@ -87,7 +87,7 @@ class Worker:
     def _chunk(self, batch: int, tokens: int) -> int:
         """As the runtime reads prompts: at once, a single row with a large vocabulary in parts."""
         vocabulary = text_config(self.engine.manifest.config).get("vocab_size")
-        if batch > 1 or not vocabulary:
+        if batch > 1 or not vocabulary or self.engine.chooses_logits:
             return tokens
         return min(tokens, max(16, LOGITS_LIMIT // (4 * int(vocabulary))))
 

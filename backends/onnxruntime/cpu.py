@@ -16,6 +16,7 @@ from effc.backends.base import Backend, Progress
 from effc.backends.engine_folder import write_assets
 from effc.backends.onnxruntime.external_weights import write_external_weights
 from effc.backends.onnxruntime.interface import cache_layout, ports
+from effc.backends.onnxruntime.last_logits import add_num_logits
 from effc.backends.onnxruntime.lower_attention import is_in_place, lower_cached_attention
 from effc.backends.onnxruntime.portable_weights import use_portable_layouts
 from effc.backends.onnxruntime.widen_weights import widen_cast_weights
@@ -53,6 +54,7 @@ class OnnxRuntimeCpu(Backend):
         else:
             infer_dialect_types(lowered.graph)
             lower_cached_attention(lowered)
+            add_num_logits(lowered)
         widen_cast_weights(lowered.model)
         RemoveUnusedNodesPass()(lowered.model)
         RemoveUnusedOpsetsPass()(lowered.model)
@@ -76,7 +78,8 @@ class OnnxRuntimeCpu(Backend):
             portable=portable,
             needs_kernels=native,
             model=MODEL,
-            inputs=ports(program, graph.inputs),
+            inputs=ports(program, (value for value in graph.inputs if not value.is_initializer())),
+            optional_inputs=ports(program, (value for value in graph.inputs if value.is_initializer())),
             outputs=ports(program, graph.outputs),
             cache=cache_layout(program, in_place=is_in_place(program)),
             pipeline=",".join(record.options for record in program.records if record.name != "lower"),

@@ -66,3 +66,24 @@ def test_the_cache_is_in_place(tiny_engine: Path) -> None:
     with effc.load(tiny_engine) as engine:
         assert engine.manifest.cache is not None
         assert engine.manifest.cache.mode == "in-place"
+
+
+def test_only_the_logits_that_are_asked_for_are_computed(tiny_engine: Path) -> None:
+    ids = np.arange(1, 15, dtype=np.int64).reshape(2, 7)
+    feeds = {
+        "input_ids": ids,
+        "attention_mask": np.ones_like(ids),
+        "position_ids": np.tile(np.arange(7, dtype=np.int64), (2, 1)),
+    }
+    with effc.load(tiny_engine) as engine:
+        assert engine.chooses_logits
+        everything = engine.run(feeds)["logits"]
+        assert everything.shape == (2, 7, 260)
+        for count in (1, 3, 7, 9):
+            found = engine.new_state(2).run(feeds, ["logits"], num_logits=count)["logits"]
+            np.testing.assert_allclose(found, everything[:, -count:], rtol=1e-5, atol=1e-6)
+        state = engine.new_state(2)
+        state.run(feeds, ["logits"], num_logits=1)
+        step = {name: array[:, :2] for name, array in feeds.items()}
+        step["attention_mask"] = np.ones((2, 9), np.int64)
+        assert state.run(step, ["logits"])["logits"].shape == (2, 2, 260)
