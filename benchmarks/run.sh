@@ -1,0 +1,5 @@
+#!/bin/sh
+# Runs every benchmark with its defaults; `make bench` calls it.
+set -eu
+cd "$(dirname "$0")"
+python kernels/coded_matmul.py "$@"
