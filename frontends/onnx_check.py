@@ -18,6 +18,7 @@ SHAPES = (
     {BATCH: 2, SEQ: 1, PAST: 6},
     {BATCH: 1, SEQ: 33, PAST: 9},
 )
+STRING = ir.DataType.STRING
 INTEGER_LIMIT = 2
 """Made-up integers are 0 and 1, which are valid token ids, masks and positions everywhere."""
 
@@ -33,6 +34,9 @@ def compare(program: Program, original: ir.Model, progress: Callable[[str], None
     """
     if float32_bytes(program) > MEMORY_LIMIT:
         return f"Not compared with the original: more than {MEMORY_LIMIT >> 20} MiB of float32 weights."
+    strings = [value.name for value in (*original.graph.inputs, *original.graph.outputs) if value.dtype == STRING]
+    if strings:
+        return f"Not compared with the original: {strings[0]!r} is text, and only numbers are compared."
     progress("comparing with the original")
     compared: list[str] = []
     refused = ""

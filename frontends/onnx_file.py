@@ -77,10 +77,14 @@ def import_onnx_model(given: onnx.ModelProto | ir.Model, request: Request) -> Pr
 def _deserialise(proto: onnx.ModelProto, where: str) -> ir.Model:
     if not proto.HasField("graph") or not proto.opset_import:
         raise InputError(f"{where}: has no graph or no opset, so it is not an ONNX model.")
+    names = Counter(tensor.name for tensor in proto.graph.initializer)
+    twice = [name for name, count in names.items() if count > 1]
+    if twice:
+        raise InputError(f"{where}: has more than one weight named {twice[0]!r}. Export it again.")
     try:
         return ir.serde.deserialize_model(proto)
     except Exception as error:
-        raise InputError(f"{where}: is not a valid ONNX model ({_brief(error)}). Export it again.") from error
+        raise InputError(f"{where}: is not a valid ONNX model ({_brief(_root(error))}). Export it again.") from error
 
 
 def _import(model: ir.Model, source: Source, request: Request) -> Program:
@@ -191,6 +195,12 @@ def _store_as(model: ir.Model, dtype: ir.DataType) -> str:
         model.graph.insert_before(model.graph[0], node)
         count += 1
     return f"{count} float32 matrices are stored as {dtype.name.lower()} as asked (rounded to nearest even)."
+
+
+def _root(error: BaseException) -> BaseException:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 def _brief(error: BaseException) -> str:

@@ -54,6 +54,9 @@ def weight_readers(weight: ir.Value) -> tuple[list[WeightReader], str]:
         return [], "it is an input or output of the graph"
     readers: list[WeightReader] = []
     for path, node, index in _consumers(weight, (), 0):
+        if node.graph is not weight.graph:
+            where = f"node {node.name!r} ({node.op_type})"
+            return [], f"{where} reads it inside a branch or loop, where it is no constant"
         reader = _reader(path, node, index)
         if isinstance(reader, str):
             return [], reader

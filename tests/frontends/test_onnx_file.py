@@ -285,3 +285,40 @@ def test_matrices_can_be_stored_smaller(onnx_model, run):
     program = import_model(onnx_model(), dtype="bfloat16", check=False)
     assert program.graph.initializers["w"].dtype is ir.DataType.BFLOAT16
     assert run(program, {"x": np.ones((1, 64), np.float32)})["y"].dtype == np.float32
+
+
+def product(weights, inputs=(), nodes=(), outputs=()):
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 8]) for name in "xy")
+    nodes = [helper.make_node("MatMul", ["x", "w"], ["y"]), *nodes]
+    graph = helper.make_graph(nodes, "g", [x, *inputs], [y, *outputs], weights)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+
+
+@pytest.mark.parametrize("odd", [np.nan, np.inf, -np.inf])
+def test_weights_that_are_not_finite_are_kept(odd, run):
+    weight = np.eye(8, dtype=np.float32)
+    weight[3, 4] = odd
+    program = import_model(product([numpy_helper.from_array(weight, "w")]))
+    assert any(note.startswith("Compared with the original") for note in program.source.notes)
+    x = np.ones((2, 8), np.float32)
+    np.testing.assert_array_equal(run(program, {"x": x})["y"], x @ weight)
+
+
+def test_a_weight_given_twice_is_refused():
+    weights = [numpy_helper.from_array(np.full((8, 8), value, np.float32), "w") for value in (1, 2)]
+    with pytest.raises(InputError, match="more than one weight named 'w'"):
+        import_model(product(weights))
+
+
+def test_a_value_computed_twice_is_named():
+    again = helper.make_node("MatMul", ["x", "w"], ["y"])
+    with pytest.raises(InputError, match="'y'"):
+        import_model(product([numpy_helper.from_array(np.eye(8, dtype=np.float32), "w")], nodes=[again]))
+
+
+def test_text_is_not_compared():
+    text = [helper.make_tensor_value_info(name, TensorProto.STRING, ["n"]) for name in ("s", "t")]
+    copy = helper.make_node("Identity", ["s"], ["t"])
+    weight = numpy_helper.from_array(np.eye(8, dtype=np.float32), "w")
+    program = import_model(product([weight], inputs=text[:1], nodes=[copy], outputs=text[1:]))
+    assert "Not compared with the original: 's' is text, and only numbers are compared." in program.source.notes

@@ -159,6 +159,23 @@ def test_what_does_not_fit_is_left_alone_with_a_reason(
     assert reason in match.left[0].reason
 
 
+def test_a_weight_read_inside_a_branch_is_left_alone() -> None:
+    text = """
+    branches (float[batch, 96] x, bool c, float[96, 64] w) => (float[batch, 64] y) {
+        y = If (c) <
+            then_branch = then () => (float[batch, 64] a) { a = MatMul (x, w) },
+            else_branch = otherwise () => (float[batch, 64] b) { d = Add (x, x) b = MatMul (d, w) }
+        >
+    }"""
+    proto = onnx.parser.parse_model('<ir_version: 11, opset_import: ["" : 24]>' + text)
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(_normal((96, 64), np.float32), "w"))
+    program = Program(ir.from_proto(proto), Task.GENERIC, Source("memory", "test"))
+    program.graph.inputs[:] = [item for item in program.graph.inputs if item.name != "w"]
+    match = StoredWeights(min_bytes=0).match(program)
+    assert not match.sites
+    assert "inside a branch or loop" in match.left[0].reason
+
+
 def test_random_bits_gain_nothing_and_the_pass_says_so() -> None:
     words = np.random.default_rng(0).integers(0, 0x7F00, (64, 96)).astype(np.uint16)
     program = _program(LINEAR, {"w": words.view(BF16)})
