@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from effc import __version__
 from effc.backends import backend
 from effc.backends.base import Backend, Progress
 from effc.backends.engine_folder import check_replaceable, new_engine_folder, seal
@@ -15,7 +16,7 @@ from effc.backends.lowering import Lowering
 from effc.errors import UsageError
 from effc.frontends import import_model
 from effc.ir.program import Program, Task
-from effc.ir.store import Store, cache_folder, content_key
+from effc.ir.store import ENGINES, Store, cache_folder, content_key
 from effc.passes.base import Pass
 from effc.passes.instruments import DumpStages, Instrument, PeakMemory, Stopwatch, peak_rss
 from effc.passes.pipeline import expand, run_pipeline, run_step
@@ -139,14 +140,22 @@ def reference_engine(
     """The source exported plainly to onnxruntime: standard ops, fp32 weights, no pass run.
 
     Returns:
-        The engine folder, in the cache; made once per content.
+        The engine folder, in the cache; made once per content and version of effc.
     """
     program = import_model(model, task=task, dtype=dtype, twin=twin, check=False)
-    key = content_key(what="reference engine", source=program.source.content_hash, dtype=dtype, twin=twin)
-    folder = cache_folder() / "engines" / key
+    key = content_key(
+        what="reference engine",
+        effc=__version__,
+        source=program.source.content_hash,
+        task=str(program.task),
+        dtype=dtype,
+        twin=twin,
+    )
+    folder = cache_folder() / ENGINES / key
     if (folder / MANIFEST).is_file():
         os.utime(folder / MANIFEST)
         return folder
+    Store().prune()
     chosen = backend("ort-cpu")
     run_step(program, Lowering(chosen, portable=True))
     _write(program, folder, chosen, True, lambda stage, done, total: None)

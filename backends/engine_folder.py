@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from effc.errors import OutputError
+from effc.errors import InputError, OutputError
 from effc.ir.program import Program
 from effc.runtime.bundle import MANIFEST, Manifest, sha256_file
 
@@ -100,15 +100,25 @@ def write_assets(program: Program, folder: Path) -> None:
     """Copy the files that travel with the engine; large text files are compressed.
 
     `tokenizer.json` is stored without insignificant white space.
+
+    Raises:
+        InputError: `tokenizer.json` is not JSON.
     """
     for name, content in program.source.assets.items():
         data = content.read_bytes() if isinstance(content, Path) else content
         if name == "tokenizer.json":
-            data = json.dumps(json.loads(data), separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+            data = _minified(data, str(content) if isinstance(content, Path) else name)
         if len(data) >= COMPRESS_FROM:
             (folder / f"{name}.xz").write_bytes(lzma.compress(data, preset=1))
         else:
             (folder / name).write_bytes(data)
+
+
+def _minified(data: bytes, where: str) -> bytes:
+    try:
+        return json.dumps(json.loads(data), separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: is not JSON ({error}). Download it again.") from error
 
 
 def seal(folder: Path, manifest: Manifest) -> Manifest:

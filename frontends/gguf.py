@@ -14,7 +14,7 @@ from effc.frontends import binding, checked, skeleton, twin
 from effc.frontends.architecture import choose
 from effc.frontends.assets import saved_tokenizer
 from effc.frontends.environment import offline_and_quiet, require
-from effc.frontends.gguf_config import load_config
+from effc.frontends.gguf_config import load_config, stub
 from effc.frontends.gguf_header import GgufHeader, read_gguf_header
 from effc.frontends.gguf_tensors import PLAIN, module_tensors
 from effc.frontends.hashing import start_content_hash
@@ -39,7 +39,9 @@ def import_gguf(path: Path, request: Request) -> Program:
     with offline_and_quiet():
         config = load_config(header)
         content = config.to_dict()
-        digest = start_content_hash(b"twin" if request.twin else b"", [] if request.twin else [("model.gguf", path)])
+        # A twin's weights follow from its configuration, which follows from the header.
+        hashed = (b"twin\0" + stub(header), []) if request.twin else (b"", [("model.gguf", path)])
+        digest = start_content_hash(*hashed)
         architecture = choose(twin.cut(config) if request.twin else config, request.task, str(path))
         lowered = lower(architecture, request.progress)
         request.progress("binding weights")

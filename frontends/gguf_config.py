@@ -56,8 +56,8 @@ def _set_vocabulary(header: GgufHeader, config: Any) -> None:
 
 
 def stub(header: GgufHeader) -> bytes:
-    """A small GGUF file with the header's short metadata and tensor names."""
-    pairs = [(key, kind, value) for key, (kind, value) in header.typed.items()]
+    """A small GGUF file with the header's short metadata, its own alignment, and the tensor names."""
+    pairs = [(key, kind, value) for key, (kind, value) in header.typed.items() if key != "general.alignment"]
     parts = [b"GGUF", struct.pack("<IQQ", 3, len(header.tensors), len(pairs))]
     for key, kind, value in pairs:
         parts += [_text(key), struct.pack("<I", kind), _value(kind, value)]

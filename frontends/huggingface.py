@@ -14,7 +14,7 @@ from effc.errors import InputError
 from effc.frontends import assets, binding, checked, conversions, skeleton, twin
 from effc.frontends.architecture import choose, load_config
 from effc.frontends.environment import offline_and_quiet, require
-from effc.frontends.hashing import model_hash, start_content_hash
+from effc.frontends.hashing import content_hash, model_hash, start_content_hash
 from effc.frontends.lowering import PREFIX, Lowered, lower
 from effc.frontends.request import Request
 from effc.frontends.safetensors_index import read_checkpoint
@@ -76,7 +76,7 @@ def _import_twin(
     notes += [*dtype_notes, *asset_notes]
     if request.check:
         notes.append(checked.compare(program, lowered, architecture, config, weights, None, request))
-    digest = start_content_hash(b"twin\0" + config_bytes, []).result()
+    digest = content_hash(f"twin\0{dtype.name}\0".encode() + config_bytes, [])
     source = replace(source, content_hash=digest, weight_bytes=program.weight_bytes(), notes=tuple(notes))
     return replace(program, source=source)
 

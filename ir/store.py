@@ -20,6 +20,8 @@ from effc.errors import OutputError
 
 SIZE_LIMIT = 32 << 30
 """Bytes above which the least recently used entries are dropped."""
+ENGINES = "engines"
+"""Sub-folder of the cache in which each folder is one entry, used when one of its files was touched last."""
 
 
 def cache_folder() -> Path:
@@ -93,24 +95,20 @@ class Store:
     def prune(self, limit: int = SIZE_LIMIT) -> None:
         """Drop the least recently used entries until the store holds at most `limit` bytes."""
         entries = []
-        for path in self.folder.glob("??/*"):
+        for path in [*self.folder.glob("??/*"), *self.folder.glob(f"{ENGINES}/*")]:
             with contextlib.suppress(FileNotFoundError):
-                status = path.stat()
-                entries.append((status.st_mtime, status.st_size, path))
+                statuses = [file.stat() for file in (path.iterdir() if path.is_dir() else [path])]
+                used = max((status.st_mtime for status in statuses), default=0.0)
+                entries.append((used, sum(status.st_size for status in statuses), path))
         total = sum(size for _, size, _ in entries)
         for _, size, path in sorted(entries):
             if total <= limit:
                 return
-            with contextlib.suppress(FileNotFoundError):
-                path.unlink()
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
             total -= size
-
-    def free_bytes(self) -> int:
-        """Free space on the disk of the store."""
-        folder = self.folder
-        while not folder.exists():
-            folder = folder.parent
-        return shutil.disk_usage(folder).free
 
     def _path(self, key: str) -> Path:
         return self.folder / key[:2] / key[2:]

@@ -24,7 +24,8 @@ class Snapshot:
         limit: Bytes of weights held at once while it runs.
 
     Raises:
-        InputError: The graph is not whole: a node reads a value that belongs to no node of it.
+        InputError: The graph is not whole (a node reads a value that belongs to no node of it), or the model's
+            `tokenizer.json` is damaged.
     """
 
     def __init__(self, program: Program, *, seed: int = 0, limit: int = DEFAULT_LIMIT) -> None:
@@ -93,5 +94,9 @@ def _tokenizer(asset: Any) -> Tokenizer | None:
         return None
     from tokenizers import Tokenizer as Fast
 
-    fast = Fast.from_str(asset.decode("utf-8")) if isinstance(asset, bytes) else Fast.from_file(str(asset))
+    try:
+        fast = Fast.from_buffer(asset) if isinstance(asset, bytes) else Fast.from_file(str(asset))
+    except Exception as error:  # the library raises bare Exception
+        where = "tokenizer.json" if isinstance(asset, bytes) else asset
+        raise InputError(f"{where}: is no tokenizer ({error}). Download it again.") from error
     return lambda text: fast.encode(text).ids

@@ -10,7 +10,7 @@ import onnx_ir as ir
 import pytest
 
 from effc.backends.engine_folder import COMPRESS_FROM, new_engine_folder, write_assets
-from effc.errors import OutputError
+from effc.errors import InputError, OutputError
 from effc.ir.program import Program, Source, Task
 from effc.runtime.bundle import MANIFEST
 
@@ -76,3 +76,10 @@ def test_large_assets_are_compressed_and_the_tokenizer_is_minified(tmp_path: Pat
     assert b"\n" not in (tmp_path / "tokenizer.json").read_bytes()
     assert json.loads((tmp_path / "tokenizer.json").read_bytes()) == tokenizer
     assert lzma.decompress((tmp_path / "big.txt.xz").read_bytes()) == big
+
+
+def test_a_damaged_tokenizer_is_refused(tmp_path: Path) -> None:
+    source = Source("memory", "m", assets={"tokenizer.json": b'{"model": '})
+    graph = ir.Graph([], [], nodes=[], opset_imports={"": 24})
+    with pytest.raises(InputError, match=r"tokenizer\.json: is not JSON"):
+        write_assets(Program(ir.Model(graph, ir_version=11), Task.GENERIC, source), tmp_path)

@@ -18,11 +18,13 @@ from effc.frontends.gguf_tensors import dequantise
 HEADS, KV_HEADS, HIDDEN, WIDTH, VOCABULARY = 4, 2, 64, 96, 70
 
 
-def write_llama(path, quantised=None, tied=True):
-    """A 2-layer llama with random weights; matrices in the given block type, else float16."""
+def write_llama(path, quantised=None, tied=True, alignment=None, layers=2):
+    """A small llama with random weights; matrices in the given block type, else float16."""
     rng = np.random.default_rng(0)
     writer = gguf.GGUFWriter(path, "llama")
-    writer.add_block_count(2)
+    if alignment is not None:
+        writer.add_custom_alignment(alignment)
+    writer.add_block_count(layers)
     writer.add_context_length(128)
     writer.add_embedding_length(HIDDEN)
     writer.add_feed_forward_length(WIDTH)
@@ -35,7 +37,7 @@ def write_llama(path, quantised=None, tied=True):
     shapes = {"token_embd": (VOCABULARY, HIDDEN), "output_norm": (HIDDEN,)}
     if not tied:
         shapes["output"] = (VOCABULARY, HIDDEN)
-    for layer in range(2):
+    for layer in range(layers):
         block = {"attn_q": (HIDDEN, HIDDEN), "attn_k": (kv, HIDDEN), "attn_v": (kv, HIDDEN)}
         block |= {"attn_output": (HIDDEN, HIDDEN), "attn_norm": (HIDDEN,), "ffn_norm": (HIDDEN,)}
         block |= {"ffn_gate": (WIDTH, HIDDEN), "ffn_up": (WIDTH, HIDDEN), "ffn_down": (HIDDEN, WIDTH)}
@@ -119,6 +121,20 @@ def test_a_twin_of_a_gguf_file(tmp_path):
     path = write_llama(tmp_path / "m.gguf", gguf.GGMLQuantizationType.Q8_0)
     program = import_model(path, twin=True, check=False)
     assert program.graph.initializers["model.embed_tokens.weight"].dtype is ir.DataType.BFLOAT16
+
+
+def test_twins_of_different_files_have_different_hashes(tmp_path):
+    one, two, same = (write_llama(tmp_path / f"{n}.gguf", layers=2 + n % 2) for n in range(3))
+    hashes = [import_model(path, twin=True, check=False).source.content_hash for path in (one, two, same)]
+    assert hashes[0] == hashes[2] != hashes[1]
+
+
+@pytest.mark.parametrize("alignment", [64, 4096])
+def test_a_file_with_an_alignment_of_its_own(tmp_path, alignment):
+    path = write_llama(tmp_path / "m.gguf", alignment=alignment)
+    weight = import_model(path, check=False).graph.initializers["model.embed_tokens.weight"]
+    plain = import_model(write_llama(tmp_path / "p.gguf"), check=False).graph.initializers["model.embed_tokens.weight"]
+    assert weight.const_value.tobytes() == plain.const_value.tobytes()
 
 
 def test_the_header_says_what_the_gguf_package_reads(tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from effc.errors import OutputError
-from effc.ir.store import Store, content_key
+from effc.ir.store import ENGINES, Store, content_key
 
 
 def _put(store: Store, key: str, data: bytes) -> None:
@@ -59,6 +59,20 @@ def test_the_least_recently_used_entries_go_first(tmp_path: Path) -> None:
     store.find(keys[0])
     store.prune(limit=200)
     assert [store.find(key) is not None for key in keys] == [True, False, True]
+
+
+def test_a_folder_of_the_cache_is_one_entry(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    key = content_key(n=0)
+    _put(store, key, b"x" * 100)
+    for age, name in ((500, "old"), (1, "new")):
+        folder = tmp_path / ENGINES / name
+        folder.mkdir(parents=True)
+        (folder / "weights.bin").write_bytes(b"x" * 100)
+        os.utime(folder / "weights.bin", (1000 - age, 1000 - age))
+    store.prune(limit=200)
+    assert [path.name for path in (tmp_path / ENGINES).iterdir()] == ["new"]
+    assert store.find(key) is not None
 
 
 def test_an_unwritable_folder_is_an_error(tmp_path: Path) -> None:
