@@ -26,7 +26,8 @@ def add_num_logits(program: Program) -> bool:
     """
     graph = program.graph
     logits = next((value for value in graph.outputs if value.name == "logits"), None)
-    if program.task != Task.CAUSAL_LM or logits is None:
+    taken = NAME in graph.initializers or any(value.name == NAME for value in graph.inputs)
+    if program.task != Task.CAUSAL_LM or logits is None or taken:
         return False
     path = _path_to_product(logits)
     if not path:
@@ -57,15 +58,28 @@ def _path_to_product(logits: ir.Value) -> list[ir.Node]:
     value: ir.Value | None = logits
     while value is not None:
         node = value.producer()
-        if node is None or (value is not logits and len(value.uses()) != 1):
+        if node is None or not _read_once(value, logits):
             return []
         path.append(node)
         if node.op_type in ("CodedMatMul", "MatMul") and _tokens(node.inputs[0]):
             return path
         if node.op_type not in ROWWISE:
             return []
-        value = next((item for item in node.inputs if item is not None and _tokens(item)), None)
+        by_token = [item for item in node.inputs if not _same_for_all_tokens(item)]
+        value = by_token[0] if len(by_token) == 1 and _tokens(by_token[0]) else None
     return []
+
+
+def _read_once(value: ir.Value, logits: ir.Value) -> bool:
+    """Whether nothing but the output `logits` depends on a value on the way to it."""
+    if value is logits:
+        return not value.uses()
+    return len(value.uses()) == 1 and not value.is_graph_output()
+
+
+def _same_for_all_tokens(value: ir.Value | None) -> bool:
+    """Whether an operand of an elementwise op has no axis of tokens."""
+    return value is not None and value.shape is not None and (len(value.shape) < 2 or value.shape[-2] == 1)
 
 
 def _tokens(value: ir.Value | None) -> bool:
