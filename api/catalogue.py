@@ -10,7 +10,6 @@ import typing
 from typing import Any
 
 from effc.errors import MissingDependencyError
-from effc.passes.base import Pass
 from effc.passes.registry import pass_class, pass_names
 
 _SECTIONS = ("Attributes:", "Options:", "Args:")
@@ -110,8 +109,3 @@ def _section_entries(doc: str) -> dict[str, str]:
         elif inside and last and line.strip():
             entries[last] += " " + line.strip()
     return entries
-
-
-def is_registered(cls: type[Pass]) -> bool:
-    """Whether the registry names this class."""
-    return cls.name in pass_names() and pass_class(cls.name) is cls

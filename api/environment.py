@@ -14,7 +14,19 @@ from typing import Any
 from effc import __version__
 from effc.errors import EffcError
 
-REQUIRED = ("onnx", "onnx-ir", "onnxscript", "numpy", "networkx", "safetensors", "tokenizers", "ml_dtypes", "jinja2")
+REQUIRED = (
+    "onnx",
+    "onnx-ir",
+    "onnxscript",
+    "numpy",
+    "networkx",
+    "click",
+    "rich",
+    "safetensors",
+    "tokenizers",
+    "ml_dtypes",
+    "jinja2",
+)
 OPTIONAL = {"torch": "torch", "transformers": "torch", "gguf": "torch"}
 """Package that some models need -> the extra of effc that installs it."""
 GPU_TIMEOUT = 10.0
@@ -45,7 +57,7 @@ def environment() -> dict[str, Any]:
         "cores": os.cpu_count() or 1,
         "packages": packages,
     }
-    return {**facts, "missing": _missing(packages, runtime, kernels["reason"])}
+    return {**facts, "missing": _missing(packages, runtime, kernels)}
 
 
 def _version(package: str) -> str | None:
@@ -60,9 +72,13 @@ def _kernels() -> dict[str, Any]:
         from effc import kernels
 
         path = kernels.library_path()
-        return {"isa": kernels.isa(), "isas": list(kernels.available_isas()), "path": str(path), "reason": ""}
+        facts = {"isas": list(kernels.available_isas()), "path": str(path)}
     except (EffcError, ImportError, OSError) as error:
-        return {"isa": None, "isas": [], "path": None, "reason": str(error)}
+        return {"isa": None, "isas": [], "path": None, "reason": str(error), "install": _build_command()}
+    try:
+        return {**facts, "isa": kernels.isa(), "reason": "", "install": ""}
+    except ValueError as error:
+        return {**facts, "isa": None, "reason": str(error), "install": "set EFFC_ISA to one of them, or unset it"}
 
 
 def gpu_names() -> list[str]:
@@ -87,7 +103,7 @@ def _targets() -> dict[str, dict[str, Any]]:
     return {name: asdict(status) for name, status in targets().items()}
 
 
-def _missing(packages: dict[str, str | None], runtime: str | None, kernels: str) -> list[dict[str, str]]:
+def _missing(packages: dict[str, str | None], runtime: str | None, kernels: dict[str, Any]) -> list[dict[str, str]]:
     missing = [
         {"what": name, "why": "effc imports it", "install": f"pip install {name}"}
         for name in REQUIRED
@@ -104,8 +120,8 @@ def _missing(packages: dict[str, str | None], runtime: str | None, kernels: str)
         for name, extra in OPTIONAL.items()
         if packages[name] is None
     ]
-    if kernels:
-        missing.append({"what": "kernels", "why": kernels, "install": _build_command()})
+    if kernels["reason"]:
+        missing.append({"what": "kernels", "why": kernels["reason"], "install": kernels["install"]})
     return missing
 
 

@@ -25,6 +25,10 @@ from effc.frontends.safetensors_index import Checkpoint, read_checkpoint
 from effc.frontends.skeleton import build
 
 ARRAYS = ("encoded_exponent", "sign_mantissa", "luts", "gaps", "output_positions")
+ARRAY_TYPES = {
+    **dict.fromkeys(ARRAYS, (ir.DataType.UINT8,)),
+    "output_positions": (ir.DataType.UINT32, ir.DataType.INT32, ir.DataType.UINT8),
+}
 INDEX = "model.safetensors.index.json"
 
 
@@ -86,7 +90,17 @@ def _patterns(folder: Path, content: Mapping[str, Any]) -> Mapping[str, list[str
             f"{where}: threads_per_block={threads}, bytes_per_thread={chunk}; "
             f"effc reads [{THREADS_PER_BLOCK}] and {BITS_PER_THREAD // 8}, as every published version has."
         )
-    return settings["pattern_dict"]
+    return {pattern: _parts(where, pattern, parts) for pattern, parts in settings["pattern_dict"].items()}
+
+
+def _parts(where: Path, pattern: str, parts: Any) -> list[str]:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise InputError(f"{where}: {pattern!r} in `pattern_dict` is no pattern ({error}).") from error
+    if not isinstance(parts, list) or not all(isinstance(part, str) for part in parts):
+        raise InputError(f"{where}: {pattern!r} in `pattern_dict` must list names, it is {parts!r}. Download it again.")
+    return parts
 
 
 def _shapes(folder: Path, content: dict[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -155,7 +169,11 @@ def _decoded(
     if missing or unknown:
         what = f"arrays {missing} are missing" if missing else f"the architecture has no weight {unknown[0]!r}"
         raise InputError(f"DFloat11 group {path!r}: {what}. The checkpoint does not fit its configuration.")
-    arrays = {array: checkpoint.tensors[f"{path}.{array}"].numpy() for array in ARRAYS}
+    tensors = {array: checkpoint.tensors[f"{path}.{array}"] for array in ARRAYS}
+    for array, tensor in tensors.items():
+        if tensor.dtype not in ARRAY_TYPES[array] or (array == "output_positions" and tensor.nbytes % 4):
+            raise InputError(f"DFloat11 group {path!r}: {array} has type {tensor.dtype.name}. Download it again.")
+    arrays = {array: tensor.numpy() for array, tensor in tensors.items()}
     positions = np.ascontiguousarray(arrays["output_positions"]).reshape(-1).view(np.uint32)
     words = decode_group(Group(**{**arrays, "output_positions": positions}), path)
     sizes = [prod(shapes[name]) for name in names]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from effc.errors import UsageError
@@ -34,7 +34,7 @@ class Fuse(Pass):
         fusions: Which ones; all by default.
     """
 
-    fusions: tuple[str, ...] = FUSIONS
+    fusions: tuple[str, ...] = field(default=FUSIONS, metadata={"range": ", ".join(FUSIONS)})
 
     name: ClassVar[str] = "fuse"
     contract: ClassVar[Contract] = Contract.EQUIVALENT

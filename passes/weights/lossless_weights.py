@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Literal
 
@@ -41,10 +41,10 @@ class LosslessWeights(Pass):
 
         y = effc.CodedMatMul(x, sign_mantissa, code_lengths, stream, chunk_offsets) {layout="huffman"}
 
-    Options:
+    Attributes:
         layout: `huffman` stores the dense form, transcoded to ranks when the engine is loaded; `rank4` and `rank3`
             store the ranks themselves, which are mapped from the file without any work at load.
-        min_saving: Least part of a weight's stored bytes that coding must save, 0 to 1.
+        min_saving: Least part of a weight's stored bytes that coding must save.
         min_bytes: Smaller weights are left alone.
         skip: Glob patterns of weight names to leave alone, joined by `|`.
 
@@ -54,8 +54,8 @@ class LosslessWeights(Pass):
     name: ClassVar[str] = "lossless-weights"
     contract: ClassVar[Contract] = Contract.EXACT
     layout: Literal["huffman", "rank4", "rank3"] = "huffman"
-    min_saving: float = 0.08
-    min_bytes: int = MIN_BYTES
+    min_saving: float = field(default=0.08, metadata={"range": "0 to below 1"})
+    min_bytes: int = field(default=MIN_BYTES, metadata={"range": "0 or more"})
     skip: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

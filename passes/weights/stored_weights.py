@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import ClassVar
 
@@ -44,14 +44,14 @@ class StoredWeights(Pass):
 
         y = effc.CodedMatMul(x, weight) {layout="raw"}
 
-    Options:
+    Attributes:
         min_bytes: Smaller weights are left alone.
         skip: Glob patterns of weight names to leave alone, joined by `|`.
     """
 
     name: ClassVar[str] = "stored-weights"
     contract: ClassVar[Contract] = Contract.EQUIVALENT
-    min_bytes: int = MIN_BYTES
+    min_bytes: int = field(default=MIN_BYTES, metadata={"range": "0 or more"})
     skip: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:

@@ -57,3 +57,13 @@ def test_missing_kernels_and_packages_come_with_what_to_do(monkeypatch) -> None:
     assert missing["torch"] == "pip install 'effc[torch]'"
     assert missing["onnxruntime"] == "pip install onnxruntime"
     assert "kernels" in missing
+
+
+def test_an_instruction_set_this_machine_lacks_is_named(monkeypatch) -> None:
+    def refuse():
+        raise ValueError("instruction set 'sse9' is not available here; choose one of: scalar")
+
+    monkeypatch.setattr(kernels, "isa", refuse)
+    facts = module.environment()
+    assert facts["isa"] is None and facts["kernels"] is not None
+    assert [item["install"] for item in facts["missing"]] == ["set EFFC_ISA to one of them, or unset it"]

@@ -111,3 +111,20 @@ def test_an_occupied_output_is_refused(coded: Path, tmp_path: Path) -> None:
     (tmp_path / "mine" / "file").write_text("")
     with pytest.raises(OutputError, match="Name a new one"):
         import_dfloat11(coded, tmp_path / "mine")
+
+
+@pytest.mark.parametrize("patterns", [{"model.layers.(": ["a"]}, {"lm_head": "weight"}, {"lm_head": [1]}])
+def test_patterns_that_are_none_are_refused(coded: Path, tmp_path: Path, patterns: dict[str, object]) -> None:
+    content = json.loads((coded / "config.json").read_text())
+    content["dfloat11_config"]["pattern_dict"] = patterns
+    (coded / "config.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match="pattern_dict"):
+        import_dfloat11(coded, tmp_path / "decoded")
+
+
+def test_arrays_of_another_type_are_refused(coded: Path, tmp_path: Path) -> None:
+    arrays = load_file(coded / "model.safetensors")
+    arrays["model.layers.0.luts"] = arrays["model.layers.0.luts"].astype(np.float32)
+    save_file(arrays, coded / "model.safetensors")
+    with pytest.raises(InputError, match=r"luts has type FLOAT"):
+        import_dfloat11(coded, tmp_path / "decoded")

@@ -199,6 +199,12 @@ def test_options_out_of_range(options: dict[str, float]) -> None:
         LosslessWeights(**options)  # type: ignore[arg-type]
 
 
+def test_an_unknown_runtime_layout_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EFFC_RUNTIME_LAYOUT", "rank5")
+    with pytest.raises(UsageError, match="EFFC_RUNTIME_LAYOUT is 'rank5'"):
+        run_pipeline(_program(LINEAR, {"w": _normal((64, 96), BF16)}), (LosslessWeights(min_bytes=0),))
+
+
 def test_a_second_run_takes_the_coded_weight_from_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
     array = _normal((64, 96), BF16, seed=77)
     passes = parse_pipeline("lossless-weights{min-bytes=0,min-saving=0}")
