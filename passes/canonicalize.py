@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from onnx_ir.passes.common import (
-    IdentityEliminationPass,
     InlinePass,
     LiftConstantsToInitializersPass,
     NameFixPass,
@@ -69,7 +68,6 @@ def _canonical(program: Program, names: set[str] | None = None) -> Raised:
         RemoveUnusedFunctionsPass(),  # type: ignore[no-untyped-call]
         LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
         RemoveInitializersFromInputsPass(),
-        IdentityEliminationPass(),
     ):
         step(model)
     split_sizes(program)

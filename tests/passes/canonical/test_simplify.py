@@ -194,3 +194,12 @@ def test_match_changes_nothing_and_apply_takes_only_the_given_sites() -> None:
     assert [item.site for item in report.left] == ["gelu"]
     assert _ops(source).count("Gelu") == 1
     assert one.contract is Contract.EQUIVALENT
+
+
+@pytest.mark.parametrize("second", ["Identity(y)", "Identity(a)", "Dropout(y)", "Relu(x)"])
+def test_an_output_given_twice_keeps_both_names(second: str) -> None:
+    body = f"a = Relu(x)\n y = Identity(a)\n z = {second}"
+    source = program(f"g (float[seq,4] x) => (float[seq,4] y, float[seq,4] z) {{ {body} }}")
+    result = canonical(source)
+    assert [value.name for value in result.graph.outputs] == ["y", "z"]
+    assert_same_outputs(source, result, {"batch": 2, "seq": 3, "past": 0})
