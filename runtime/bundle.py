@@ -83,9 +83,9 @@ class Manifest:
         outputs: Outputs that are not cache.
         cache: Cache layout, or None.
         pipeline: Pipeline text that was run.
-        passes: Pass records: name, contract, rewritten, left, measured, seconds.
-        source: Kind, name, content hash and weight bytes of the model this engine was made from.
-        config: The parts of the model configuration the runtime needs (vocabulary size, limits, pooling).
+        passes: Pass records: name, options, contract, rewritten, left, details, measured, seconds.
+        source: Kind, name, content hash, weight bytes and notes of the model this engine was made from.
+        config: The model's own configuration; the runtime reads vocabulary size, limits and special ids.
         bytes: Sizes: `source`, `engine`, `weights_stored`, `weights_memory`.
         versions: Versions of the tools that wrote it.
         opset: Opset of the graph.

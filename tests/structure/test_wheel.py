@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import zipfile
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,14 @@ def expected(clone: Path) -> set[str]:
         elif top in FOLDERS and (path.suffix == ".py" or path.suffix in DATA or path.parent.name == "presets"):
             names.add(f"effc/{path.as_posix()}")
     return names
+
+
+def test_a_source_archive_gets_every_native_file() -> None:
+    listed = subprocess.run(["git", "ls-files", "kernels"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    native = [Path(name).name for name in listed.splitlines() if Path(name).suffix not in (".py", ".md")]
+    lines = (ROOT / "MANIFEST.in").read_text().splitlines()
+    (patterns,) = (line.split()[2:] for line in lines if line.startswith("recursive-include kernels "))
+    assert native and all(any(fnmatch(name, pattern) for pattern in patterns) for name in native)
 
 
 @pytest.mark.slow
