@@ -10,7 +10,7 @@ from typing import Any
 import onnx_ir as ir
 
 from effc.ir.analysis.attention import AttentionSite, attention_sites
-from effc.ir.analysis.cost import node_costs
+from effc.ir.analysis.cost import node_costs, total_cost
 from effc.ir.analysis.embedding import EmbeddingSite, embedding_sites
 from effc.ir.analysis.linear import LinearSite, linear_sites
 from effc.ir.analysis.norm import NormSite, norm_sites
@@ -97,12 +97,8 @@ def _cost(program: Program) -> dict[str, Any]:
     costs = {}
     for phase, sizes in chosen.items():
         if symbols <= {*sizes, "total"}:
-            found = node_costs(program.graph, sizes).values()
-            costs[phase] = {
-                "sizes": sizes,
-                "flops": sum(one.flops for one in found),
-                "bytes": sum(one.bytes for one in found),
-            }
+            total = total_cost(node_costs(program.graph, sizes))
+            costs[phase] = {"sizes": sizes, "flops": total.flops, "bytes": total.bytes}
     return costs
 
 

@@ -280,7 +280,7 @@ def _decode(engine: Engine, rows: Sequence[_Row], sampler: Sampler, prefill_chun
     _check_interface(engine, [row.prompt for row in rows])
     begun = time.perf_counter()
     batch = _Batch(engine, [row.prompt for row in rows], max(row.steps for row in rows))
-    logits = batch.prefill(prefill_chunk or _default_chunk(engine, len(rows), batch.width))
+    logits = batch.prefill(prefill_chunk or prompt_chunk(engine, len(rows), batch.width))
     read = time.perf_counter()
     while True:
         for row in rows:
@@ -308,8 +308,8 @@ def _check_interface(engine: Engine, prompts: Sequence[Sequence[int]]) -> None:
         )
 
 
-def _default_chunk(engine: Engine, batch: int, width: int) -> int:
-    """All at once, or as many tokens as keep the logits small.
+def prompt_chunk(engine: Engine, batch: int, width: int) -> int:
+    """Tokens of prompts padded to `width` that are read in one run: all, or as many as keep the logits small.
 
     Several rows are split only where the cache grows: attention in place may refuse several tokens of several rows
     after others.

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from effc.errors import EffcError
-from effc.runtime.generate import LOGITS_LIMIT
+from effc.runtime.generate import prompt_chunk
 from effc.runtime.kv_state import KvState
 from effc.runtime.limits import position_limit, text_config
 from effc.runtime.session import Engine, load
@@ -54,7 +54,7 @@ class Worker:
         ids = self._ids(batch, prompt_tokens + new_tokens)
         state = self.engine.new_state(batch, max_length=prompt_tokens + new_tokens)
         begun = time.perf_counter()
-        chunk = self._chunk(batch, prompt_tokens)
+        chunk = prompt_chunk(self.engine, batch, prompt_tokens)
         for start in range(0, prompt_tokens, chunk):
             end = min(start + chunk, prompt_tokens)
             self._run(state, ids[:, start:end], ["logits"] if end == prompt_tokens else [])
@@ -83,13 +83,6 @@ class Worker:
     def _ids(self, batch: int, count: int) -> np.ndarray:
         vocabulary = int(text_config(self.engine.manifest.config).get("vocab_size") or 32)
         return np.random.default_rng(SEED).integers(0, vocabulary, (batch, count))
-
-    def _chunk(self, batch: int, tokens: int) -> int:
-        """As the runtime reads prompts: at once, a single row with a large vocabulary in parts."""
-        vocabulary = text_config(self.engine.manifest.config).get("vocab_size")
-        if batch > 1 or not vocabulary or self.engine.chooses_logits:
-            return tokens
-        return min(tokens, max(16, LOGITS_LIMIT // (4 * int(vocabulary))))
 
 
 def peak_resident() -> int:

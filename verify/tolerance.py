@@ -18,7 +18,6 @@ CONTRACTIONS = {
     ("com.microsoft", "GroupQueryAttention"): 2,
     ("com.microsoft", "MultiHeadAttention"): 2,
     ("effc", "CodedMatMul"): 1,
-    ("effc", "CachedAttention"): 2,
 }
 """Ops that sum products over an axis, and how many such sums in a row they hold."""
 

@@ -64,7 +64,7 @@ def linear_site(node: ir.Node) -> LinearSite | None:
     if not is_op(node, "MatMul", "Gemm") or node.inputs[0] is None:
         return None
     found = stored_matrix(node.inputs[1])
-    if found is None or (node.op_type == "Gemm" and not _is_plain(node)):
+    if found is None or (node.op_type == "Gemm" and not is_plain_gemm(node)):
         return None
     weight, route, flipped = found
     transposed = flipped != bool(node.op_type == "Gemm" and attribute_int(node, "transB", 0))
@@ -104,7 +104,8 @@ def weight_readers(weight: ir.Value) -> list[ir.Node]:
     return list(dict.fromkeys(readers))
 
 
-def _is_plain(node: ir.Node) -> bool:
+def is_plain_gemm(node: ir.Node) -> bool:
+    """Whether a `Gemm` is `x @ W + b` with W perhaps transposed: nothing is scaled, and x is read as it is."""
     return (
         not attribute_int(node, "transA", 0)
         and attribute_float(node, "alpha", 1.0) == attribute_float(node, "beta", 1.0) == 1.0

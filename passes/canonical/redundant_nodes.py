@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import onnx_ir as ir
 
+from effc.ir.analysis.linear import is_plain_gemm
 from effc.ir.rewrite import sizes
 from effc.ir.rewrite.constants import new_integers, scalar
 from effc.ir.rewrite.dataflow import attribute_int, consumers, is_op, operands, permutation, producer, sole_consumer
@@ -268,10 +269,7 @@ def _split_sequence(node: ir.Node) -> bool:
 
 def _gemm(node: ir.Node) -> bool:
     """`Gemm(x, W, b)` -> `MatMul(x, W) + b`, with a `Transpose` of W when `transB` says so."""
-    plain = attribute_int(node, "transA", 0) == 0 and all(
-        name not in node.attributes or node.attributes[name].as_float() == 1.0 for name in ("alpha", "beta")
-    )
-    if not plain:
+    if not is_plain_gemm(node):
         return False
     weight = node.inputs[1]
     if attribute_int(node, "transB", 0):

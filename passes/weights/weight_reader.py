@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from effc.ir.analysis.linear import is_plain_gemm
+from effc.ir.rewrite.dataflow import attribute_int, is_op, permutation
+
 
 @dataclass(frozen=True)
 class WeightReader:
@@ -53,7 +56,7 @@ def weight_readers(weight: ir.Value) -> tuple[list[WeightReader], str]:
     if weight.is_graph_output() or weight.is_graph_input():
         return [], "it is an input or output of the graph"
     readers: list[WeightReader] = []
-    for path, node, index in _consumers(weight, (), 0):
+    for path, node, index in _consumers(weight, ()):
         if node.graph is not weight.graph:
             where = f"node {node.name!r} ({node.op_type})"
             return [], f"{where} reads it inside a branch or loop, where it is no constant"
@@ -69,25 +72,22 @@ def weight_readers(weight: ir.Value) -> tuple[list[WeightReader], str]:
 
 
 def _consumers(
-    value: ir.Value, path: tuple[ir.Node, ...], index: int
+    value: ir.Value, path: tuple[ir.Node, ...]
 ) -> Iterator[tuple[tuple[ir.Node, ...], ir.Node, int]]:
     """Consumers of a weight, looking through widening casts, transposes and identities."""
     for node, at in value.uses():
-        standard = node.domain in ("", "ai.onnx")
-        through = (
-            standard and node.op_type in ("Cast", "Transpose", "Identity") and not node.outputs[0].is_graph_output()
-        )
+        through = is_op(node, "Cast", "Transpose", "Identity") and not node.outputs[0].is_graph_output()
         if through and len(path) < 4:
-            yield from _consumers(node.outputs[0], (*path, node), at)
+            yield from _consumers(node.outputs[0], (*path, node))
         else:
             yield path, node, at
 
 
 def _reader(path: tuple[ir.Node, ...], node: ir.Node, index: int) -> WeightReader | str:
     where = f"node {node.name!r} ({node.op_type})"
-    if node.domain not in ("", "ai.onnx") or node.op_type not in ("MatMul", "Gemm", "Gather"):
+    if not is_op(node, "MatMul", "Gemm", "Gather"):
         return f"{where} reads it, which is neither a matrix product nor a row lookup"
-    if any(step.op_type == "Transpose" and not _swaps(step) for step in path):
+    if any(step.op_type == "Transpose" and permutation(step) != (1, 0) for step in path):
         return f"{where} reads it through a transpose that is not of two axes"
     flips = sum(step.op_type == "Transpose" for step in path) % 2
     if node.op_type == "Gather":
@@ -95,14 +95,9 @@ def _reader(path: tuple[ir.Node, ...], node: ir.Node, index: int) -> WeightReade
     return _product(path, node, index, flips, where)
 
 
-def _swaps(node: ir.Node) -> bool:
-    perm = node.attributes.get_ints("perm")
-    return perm is None or list(perm) == [1, 0]
-
-
 def _gather(path: tuple[ir.Node, ...], node: ir.Node, index: int, flips: int, where: str) -> WeightReader | str:
     operand = node.inputs[1]
-    if index != 0 or flips or node.attributes.get_int("axis", 0) != 0 or operand is None:
+    if index != 0 or flips or attribute_int(node, "axis", 0) != 0 or operand is None:
         return f"{where} looks up something other than rows"
     if node.outputs[0].dtype == ir.DataType.FLOAT:
         return WeightReader(node, path, 1, None, node.outputs[0], None, False)
@@ -125,13 +120,8 @@ def _product(path: tuple[ir.Node, ...], node: ir.Node, index: int, flips: int, w
         return f"{where} does not compute in fp32"
     bias = None
     if node.op_type == "Gemm":
-        attributes = node.attributes
-        if (
-            attributes.get_int("transA", 0)
-            or attributes.get_float("alpha", 1.0) != 1
-            or attributes.get_float("beta", 1.0) != 1
-        ):
+        if not is_plain_gemm(node):
             return f"{where} scales or transposes its operands"
-        flips = (flips + attributes.get_int("transB", 0)) % 2
+        flips = (flips + attribute_int(node, "transB", 0)) % 2
         bias = node.inputs[2] if len(node.inputs) > 2 else None
     return WeightReader(node, path, 0, bias, node.outputs[0], None, transposed=not flips)
