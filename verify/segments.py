@@ -10,6 +10,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common
 
 from effc.errors import InputError
+from effc.ir.rewrite.dataflow import read_values
 
 NULLARY_RANDOM = frozenset({"RandomNormal", "RandomUniform"})
 """Ops without inputs that still are not constant."""
@@ -84,29 +85,6 @@ def plan(graph: ir.Graph, limit: int, *, observe: bool = False) -> list[Segment]
     return list(_segments(graph, groups, planner.constants, observe))
 
 
-def captured_values(node: ir.Node) -> Iterator[ir.Value]:
-    """Values of the outer graph that the subgraphs of a node read."""
-    for attribute in node.attributes.values():
-        if attribute.type == ir.AttributeType.GRAPH:
-            yield from _outer_values(attribute.as_graph())
-        elif attribute.type == ir.AttributeType.GRAPHS:
-            for graph in attribute.as_graphs():
-                yield from _outer_values(graph)
-
-
-def _outer_values(graph: ir.Graph) -> Iterator[ir.Value]:
-    inner = {*graph.inputs, *graph.initializers.values(), *(value for node in graph for value in node.outputs)}
-    for node in graph:
-        yield from (value for value in used_values(node) if value not in inner)
-    yield from (value for value in graph.outputs if value not in inner)
-
-
-def used_values(node: ir.Node) -> Iterator[ir.Value]:
-    """Inputs of a node, and what its subgraphs capture."""
-    yield from (value for value in node.inputs if value is not None)
-    yield from captured_values(node)
-
-
 @dataclass
 class _Group:
     """A segment in the making; dicts serve as ordered sets."""
@@ -131,7 +109,7 @@ class _Planner:
         constants: dict[ir.Value, ir.Node] = {}
         known = {*self.graph.inputs, *self.graph.initializers.values()}
         for node in self.graph:
-            used = list(used_values(node))
+            used = read_values(node)
             missing = next((value for value in used if value not in known), None)
             if missing is not None:
                 raise InputError(
@@ -169,7 +147,7 @@ class _Planner:
         weights: dict[ir.Value, None] = {}
         waiting = [node]
         while waiting:
-            for value in used_values(waiting.pop()):
+            for value in read_values(waiting.pop()):
                 producer = self.constants.get(value)
                 if value.is_initializer():
                     weights[value] = None
@@ -198,7 +176,7 @@ class _Planner:
             return math.prod(value.shape.numpy())
         if value not in self.sizes:
             producer = self.constants.get(value)
-            used = used_values(producer) if producer is not None else ()
+            used = read_values(producer) if producer is not None else ()
             self.sizes[value] = max((self._elements(item) for item in used), default=0)
         return self.sizes[value]
 
@@ -233,6 +211,6 @@ def _segments(
 def _entering(group: _Group) -> Iterator[ir.Value]:
     inner = {value for node in group.nodes for value in node.outputs}
     for node in group.nodes:
-        for value in used_values(node):
+        for value in read_values(node):
             if value not in inner and value not in group.weights:
                 yield value

@@ -16,7 +16,8 @@ import onnxruntime
 from effc.errors import InputError, MissingDependencyError
 from effc.ir.dialect import is_dialect_node
 from effc.ir.dialect.inline import inline_dialect
-from effc.verify.segments import Segment, plan, prepare, used_values
+from effc.ir.rewrite.dataflow import read_values
+from effc.verify.segments import Segment, plan, prepare
 from effc.verify.split_products import split_large_products
 
 DEFAULT_LIMIT = 256 << 20
@@ -128,7 +129,7 @@ def _fixed_weights(segment: Segment) -> set[str]:
     Kernels outside the standard domain may insist on constants, shape inference wants the small ones, and a few types
     cannot be fed.
     """
-    custom = {value for node in segment.nodes if node.domain not in ("", "ai.onnx") for value in used_values(node)}
+    custom = {value for node in segment.nodes if node.domain not in ("", "ai.onnx") for value in read_values(node)}
     fixed = set()
     for weight in segment.weights:
         tensor = _tensor(weight)

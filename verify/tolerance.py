@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from effc.verify.segments import used_values
+from effc.ir.rewrite.dataflow import read_values
 
 CONTRACTIONS = {
     ("", "MatMul"): 1,
@@ -58,7 +58,7 @@ def contraction_depth(graph: ir.Graph) -> int:
     """Sums of products in a row on the longest path through the graph."""
     depths: dict[ir.Value, int] = {}
     for node in graph:
-        before = max((depths.get(value, 0) for value in used_values(node)), default=0)
+        before = max((depths.get(value, 0) for value in read_values(node)), default=0)
         after = before + CONTRACTIONS.get((node.domain, node.op_type), 0)
         depths.update(dict.fromkeys(node.outputs, after))
     return max((depths.get(value, 0) for value in graph.outputs), default=0)

@@ -101,3 +101,26 @@ def skip_casts(value: ir.Value | None) -> ir.Value | None:
     while (node := producer(value, "Cast")) is not None:
         value = node.inputs[0]
     return value
+
+
+def read_values(node: ir.Node) -> list[ir.Value]:
+    """The values a node reads, those its subgraphs take from outside included, each once."""
+    values = dict.fromkeys(value for value in node.inputs if value is not None)
+    for subgraph in subgraphs(node):
+        inside: set[ir.Value] = {*subgraph.inputs, *subgraph.initializers.values()}
+        for inner in subgraph:
+            inside.update(inner.outputs)
+            values.update(dict.fromkeys(value for value in read_values(inner) if value not in inside))
+        values.update(dict.fromkeys(value for value in subgraph.outputs if value not in inside))
+    return list(values)
+
+
+def subgraphs(node: ir.Node) -> list[ir.Graph]:
+    """The graphs in the attributes of a node (`If`, `Loop`, `Scan`)."""
+    found: list[ir.Graph] = []
+    for attribute in node.attributes.values():
+        if attribute.type == ir.AttributeType.GRAPH:
+            found.append(attribute.as_graph())
+        elif attribute.type == ir.AttributeType.GRAPHS:
+            found.extend(attribute.as_graphs())
+    return found
