@@ -11,7 +11,7 @@ import click
 
 from effc.cli.options import engine_argument, json_option, threads_option
 from effc.cli.output import print_json
-from effc.errors import UsageError
+from effc.errors import InputError, UsageError
 
 
 @click.command("generate")
@@ -48,7 +48,7 @@ def command(
     as_json: bool,
 ) -> None:
     """Generate text with ENGINE."""
-    texts = [*prompts, *([prompt_file.read()] if prompt_file is not None else [])]
+    texts = [*prompts, *([_content(prompt_file)] if prompt_file is not None else [])]
     if not texts:
         raise UsageError("generate needs a prompt. Give --prompt TEXT or --prompt-file FILE.")
     if stream and (as_json or len(texts) > 1):
@@ -75,6 +75,13 @@ def command(
     else:
         for result in results:
             click.echo(result.text)
+
+
+def _content(file: Any) -> str:
+    try:
+        return str(file.read())
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file.name}: is not UTF-8 text ({error}). Convert it first.") from error
 
 
 def _print_piece(_row: int, text: str) -> None:

@@ -11,6 +11,8 @@ from effc.errors import EngineError, UsageError
 
 FIRST_NUCLEUS = 256
 """Candidates looked at first for top-p; most nuclei are smaller."""
+LEAST_PENALTY = 1e-6
+"""Dividing by less would take logits out of the range of float32."""
 BLOCK = 512
 """Vocabulary entries summed together when a whole vocabulary is sampled from."""
 
@@ -43,8 +45,10 @@ class Sampling:
             raise UsageError(f"top_k is {self.top_k}; give a whole number of at least 0 (0 keeps all tokens).")
         if not 0.0 < self.top_p <= 1.0:
             raise UsageError(f"top_p is {self.top_p}; give a number above 0 and at most 1 (1 keeps all tokens).")
-        if not 0.0 < self.repetition_penalty < float("inf"):
-            raise UsageError(f"repetition_penalty is {self.repetition_penalty}; give a finite number above 0.")
+        if not LEAST_PENALTY <= self.repetition_penalty < float("inf"):
+            raise UsageError(
+                f"repetition_penalty is {self.repetition_penalty}; give a finite number of at least {LEAST_PENALTY}."
+            )
 
 
 class Sampler:

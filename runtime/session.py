@@ -18,7 +18,7 @@ from effc.runtime.embed import embed
 from effc.runtime.generate import Generation, generate
 from effc.runtime.kv_state import NUM_LOGITS, KvState, port_shape
 from effc.runtime.tensors import check_feeds, storage_dtype, to_numpy, to_ort
-from effc.runtime.threads import default_threads
+from effc.runtime.threads import default_threads, most_threads
 from effc.runtime.tokenizer import Tokenizer
 
 PROVIDERS = {
@@ -54,11 +54,13 @@ def load(
     Raises:
         EngineError: The folder is damaged, of a newer format, or onnxruntime refuses its graph.
         MissingDependencyError: The kernels or an execution provider are missing.
-        UsageError: `threads` is below 1.
+        UsageError: `threads` is below 1 or far above the processors of this machine.
     """
     folder = Path(folder)
     if threads is not None and threads < 1:
         raise UsageError(f"threads is {threads}; give at least 1, or leave it out.")
+    if threads is not None and threads > most_threads():
+        raise UsageError(f"threads is {threads}; give at most {most_threads()} on this machine, or leave it out.")
     manifest = read_manifest(folder)
     if check:
         check_files(folder, manifest)

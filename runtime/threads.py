@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+MOST_ON_ANY_MACHINE = 64
 SIBLINGS = "/sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
 
 
@@ -17,6 +18,11 @@ def default_threads() -> int:
     """
     cores = len({_core(cpu) for cpu in _allowed_cpus()})
     return max(1, min(cores, _quota()))
+
+
+def most_threads() -> int:
+    """The largest number worth asking for: far more threads than processors hang rather than run."""
+    return max(MOST_ON_ANY_MACHINE, os.cpu_count() or 1)
 
 
 def _allowed_cpus() -> list[int]:

@@ -69,15 +69,24 @@ class Tokenizer:
         return None if text is None else self._tokenizer.token_to_id(text)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text, with the special tokens the tokenizer adds around it."""
-        return list(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+        """Token ids of a text, with the special tokens the tokenizer adds around it.
+
+        Raises:
+            UsageError: It is no text, or holds what UTF-8 cannot express.
+        """
+        return list(self._tokenizer.encode(_text(text), add_special_tokens=add_special_tokens).ids)
 
     def encode_batch(self, texts: Sequence[str], max_length: int | None) -> list[tuple[list[int], list[int]]]:
-        """Token ids and type ids of texts, each cut to `max_length` tokens, special ones included."""
+        """Token ids and type ids of texts, each cut to `max_length` tokens, special ones included.
+
+        Raises:
+            UsageError: One is no text, or holds what UTF-8 cannot express.
+        """
+        texts = [_text(text) for text in texts]
         if max_length is not None:
             self._tokenizer.enable_truncation(max_length)
         try:
-            encodings = self._tokenizer.encode_batch(list(texts))
+            encodings = self._tokenizer.encode_batch(texts)
         finally:
             self._tokenizer.no_truncation()
         return [(encoding.ids, encoding.type_ids) for encoding in encodings]
@@ -100,3 +109,15 @@ class Tokenizer:
             )
         # The template writes the special tokens itself; the tokenizer must not add them again.
         return self.encode(chat.render(template, messages, self.special_tokens()), add_special_tokens=False)
+
+
+def _text(text: str) -> str:
+    """The text itself, which the library can take: bytes that were no UTF-8 arrive as lone surrogates."""
+    if not isinstance(text, str):
+        raise UsageError(f"a text is of type {type(text).__name__}, not str. Give text.")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        what = f"the text {text[:40]!r} is not UTF-8 at character {error.start}"
+        raise UsageError(f"{what}. Convert it first.") from error
+    return text

@@ -234,6 +234,10 @@ def test_generate(effc, session, tmp_path) -> None:
     file = tmp_path / "prompt.txt"
     file.write_text("from a file", encoding="utf-8")
     assert effc("generate", "e", "--prompt-file", file).out == "from a file and [more]\n"
+    file.write_bytes(b"\xff\xfe")
+    result = effc("generate", "e", "--prompt-file", file)
+    assert result.code == 3
+    assert "is not UTF-8 text" in result.err
 
 
 def test_embed(effc, session, tmp_path) -> None:

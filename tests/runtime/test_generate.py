@@ -206,6 +206,8 @@ WRONG: list[tuple[Any, dict[str, Any], str]] = [
     ("a", {"top_p": 1.1}, "top_p is 1.1"),
     ("a", {"top_k": -1}, "top_k is -1"),
     ("a", {"repetition_penalty": 0.0}, "repetition_penalty is 0.0"),
+    ("a", {"repetition_penalty": 1e-300}, "repetition_penalty is 1e-300"),
+    ("a\udcff", {}, "not UTF-8 at character 1"),
     ("a", {"prefill_chunk": 0}, "prefill_chunk is 0"),
     ("a", {"seed": -1}, "seed is -1"),
     ("a", {"stop": [""]}, "empty string"),

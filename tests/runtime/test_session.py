@@ -112,8 +112,8 @@ def test_missing_kernels_are_named_with_the_way_out(make_lm: MakeLm, monkeypatch
         load(folder)
 
 
-@pytest.mark.parametrize("threads", [0, -1])
-def test_threads_below_one_are_refused(make_lm: MakeLm, threads: int) -> None:
+@pytest.mark.parametrize("threads", [0, -1, 1_000_000])
+def test_thread_counts_out_of_range_are_refused(make_lm: MakeLm, threads: int) -> None:
     with pytest.raises(UsageError, match="threads is"):
         load(make_lm(), threads=threads)
 

@@ -43,6 +43,17 @@ def test_stored_padding_and_truncation_are_off(tmp_path: Path, bytes_tokenizer: 
     assert tokenizer.size == 260
 
 
+@pytest.mark.parametrize(("text", "message"), [("ab\udcff", "not UTF-8 at character 2"), (b"ab", "bytes, not str")])
+def test_what_is_no_text_is_refused(
+    tmp_path: Path, bytes_tokenizer: tokenizers.Tokenizer, text: Any, message: str
+) -> None:
+    tokenizer = Tokenizer(make_assets(tmp_path, {"tokenizer.json": bytes_tokenizer.to_str()}))
+    with pytest.raises(UsageError, match=message):
+        tokenizer.encode(text)
+    with pytest.raises(UsageError, match=message):
+        tokenizer.encode_batch(["good", text], None)
+
+
 def test_special_tokens_come_from_either_file_in_either_form(
     tmp_path: Path, bytes_tokenizer: tokenizers.Tokenizer
 ) -> None:
