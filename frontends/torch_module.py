@@ -32,13 +32,14 @@ def import_module(model: Any, example_inputs: Any, request: Request) -> Program:
     another batch than the example's is exported with that batch, and a note says so.
 
     Raises:
-        UsageError: The example inputs are not tensors.
+        UsageError: The example inputs are not tensors, or do not fit the module.
         InputError: torch cannot export the module.
         ContractError: The graph computes something else than torch.
     """
+    _refuse_unreadable(model, request.name)
     inputs = _examples(model, example_inputs, request.name)
     module = _float32(model)
-    interface = _interface(module, inputs)
+    interface = _interface(module, inputs, request.name)
     notes: list[str] = []
     try:
         graph, limits = trace(interface, request.progress)
@@ -59,10 +60,21 @@ def import_module(model: Any, example_inputs: Any, request: Request) -> Program:
     return replace(program, source=source)
 
 
+def _refuse_unreadable(model: Any, name: str) -> None:
+    torch: Any = require("torch", "Importing a torch model")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise InputError(f"{name}: is a TorchScript module, which torch.export does not read. Pass the module it was.")
+    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+        raise InputError(f"{name}: has weights on the meta device, without values. Load them first.")
+
+
 def _examples(model: Any, given: Any, name: str) -> dict[str, Any]:
     torch: Any = require("torch", "Importing a torch model")
     if isinstance(given, Mapping):
         inputs = dict(given)
+        if not _by_name(model, inputs) and not _takes(model, inspect.Parameter.VAR_POSITIONAL):
+            names = ", ".join(inspect.signature(model.forward).parameters)
+            raise UsageError(f"{name}: example_inputs names {', '.join(map(str, inputs))}; forward takes {names}.")
     else:
         values = [given] if isinstance(given, torch.Tensor) else list(given)
         inputs = dict(zip(_parameter_names(model, len(values)), values, strict=True))
@@ -87,7 +99,7 @@ def _float32(model: Any) -> Any:
     return copy.deepcopy(model).float().eval() if half or training else model
 
 
-def _interface(module: Any, inputs: dict[str, Any]) -> Interface:
+def _interface(module: Any, inputs: dict[str, Any], name: str) -> Interface:
     torch: Any = require("torch", "Importing a torch model")
     first = next(iter(inputs.values()))
     batch = first.shape[0] if first.ndim else None
@@ -95,37 +107,61 @@ def _interface(module: Any, inputs: dict[str, Any]) -> Interface:
     if batch == 1:
         # torch.export would take a size of one for a constant.
         inputs = {
-            name: torch.cat([value, value]) if flag else value
-            for (name, value), flag in zip(inputs.items(), dynamic, strict=True)
+            key: torch.cat([value, value]) if flag else value
+            for (key, value), flag in zip(inputs.items(), dynamic, strict=True)
         }
     axes = tuple({0: BATCH} if flag else {} for flag in dynamic)
-    with torch.no_grad():
-        names = tuple(_named(module(**inputs) if _by_name(module, inputs) else module(*inputs.values())))
+    names = tuple(_named(_run_once(module, inputs, name)))
     wrapper = _wrap(module, tuple(inputs))
     return Interface(Task.GENERIC, wrapper, inputs, axes, names, variadic=len(inputs))
 
 
+def _run_once(module: Any, inputs: Mapping[str, Any], name: str) -> Any:
+    torch: Any = require("torch", "Importing a torch model")
+    try:
+        with torch.no_grad():
+            return module(**inputs) if _by_name(module, inputs) else module(*inputs.values())
+    except Exception as error:
+        shapes = ", ".join(f"{key}{list(value.shape)}" for key, value in inputs.items())
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise UsageError(f"{name}: does not run on example_inputs {shapes}: {reason}") from error
+
+
 def _by_name(module: Any, inputs: Mapping[str, Any]) -> bool:
     parameters = inspect.signature(module.forward).parameters
-    keywords = any(item.kind is inspect.Parameter.VAR_KEYWORD for item in parameters.values())
+    keywords = _takes(module, inspect.Parameter.VAR_KEYWORD)
     return all(name in parameters or keywords for name in inputs)
 
 
+def _takes(module: Any, kind: Any) -> bool:
+    return any(item.kind is kind for item in inspect.signature(module.forward).parameters.values())
+
+
 def _named(result: Any) -> dict[str, Any]:
-    """The tensors of a result by name: keys of a mapping, fields of a named tuple, else numbered."""
+    """The tensors of a result by name: keys of a mapping, fields of a named tuple, else numbered.
+
+    A tensor further in has the names on its way, joined by `_`; what is neither tensor nor container is left out.
+    """
+    named = dict(_leaves(result, ""))
+    if not named:
+        raise UsageError("the module returns no tensors; wrap it in one that does.")
+    return named
+
+
+def _leaves(result: Any, name: str) -> Iterator[tuple[str, Any]]:
     torch: Any = require("torch", "Importing a torch model")
     if isinstance(result, torch.Tensor):
-        return {"output": result}
+        yield name or "output", result
+        return
+    items: list[tuple[Any, Any]] = []
     if isinstance(result, Mapping):
         items = list(result.items())
     elif hasattr(result, "_asdict"):
         items = list(result._asdict().items())
-    else:
-        items = [(f"output_{index}", value) for index, value in enumerate(result)]
-    named = {str(name): value for name, value in items if isinstance(value, torch.Tensor)}
-    if not named:
-        raise UsageError("the module returns no tensors at the top level; wrap it in one that does.")
-    return named
+    elif isinstance(result, (list, tuple)):
+        items = [(index if name else f"output_{index}", value) for index, value in enumerate(result)]
+    for key, value in items:
+        yield from _leaves(value, f"{name}_{key}" if name else str(key))
 
 
 def _wrap(module: Any, names: tuple[str, ...]) -> Any:

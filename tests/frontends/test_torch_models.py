@@ -146,3 +146,44 @@ def test_wrong_examples_are_refused():
         import_model(Tied(), example_inputs=(3,))
     with pytest.raises(UsageError, match="must be tensors"):
         import_model(Tied(), example_inputs=())
+
+
+def test_nested_outputs_are_all_kept(run):
+    module = torch.nn.GRU(4, 4, batch_first=True).eval()
+
+    class Nested(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gru = module
+
+        def forward(self, x):
+            rows, state = self.gru(x)
+            return rows, (state[0], None, {"last": rows[:, -1]})
+
+    program = import_model(Nested(), example_inputs=torch.randn(2, 3, 4))
+    assert [value.name for value in program.graph.outputs] == ["output_0", "output_1_0", "output_1_2_last"]
+    x = torch.randn(2, 3, 4)
+    with torch.no_grad():
+        expected = module(x)[1][0].numpy()
+    np.testing.assert_allclose(run(program, {"x": x.numpy()})["output_1_0"], expected, rtol=1e-5, atol=1e-6)
+
+
+class Silent(torch.nn.Module):
+    def forward(self, x):
+        return None
+
+
+@pytest.mark.parametrize(
+    ("module", "inputs", "message"),
+    [
+        (Tied(), torch.ones(2, 7), r"does not run on example_inputs x\[2, 7\]"),
+        (Tied(), {"q": torch.ones(2, 8)}, "names q; forward takes x"),
+        (Silent(), torch.ones(2), "returns no tensors"),
+        (torch.nn.Linear(8, 8, device="meta"), torch.ones(2, 8), "meta device"),
+        (torch.jit.script(torch.nn.Linear(8, 8)), torch.ones(2, 8), "TorchScript"),
+    ],
+    ids=["shape", "name", "nothing", "meta", "script"],
+)
+def test_modules_that_do_not_run_are_refused_in_words(module, inputs, message):
+    with pytest.raises((InputError, UsageError), match=message):
+        import_model(module, example_inputs=inputs)
