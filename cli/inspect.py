@@ -13,6 +13,7 @@ from effc.cli.models import is_engine
 from effc.cli.options import model_options, output_options
 from effc.cli.output import megabytes, number, print_json, print_table, reporting
 
+PORTS = ("inputs", "optional_inputs", "outputs")
 KINDS = ("attention", "linear", "embedding", "norm")
 
 
@@ -99,7 +100,8 @@ def _print_engine(facts: Mapping[str, Any]) -> None:
     )
     click.echo(f"cache     {'none' if facts['cache'] is None else facts['cache']['mode']}")
     click.echo("")
-    rows = [(port["name"], kind, port["dtype"], _shape(port)) for kind in ("inputs", "outputs") for port in facts[kind]]
+    ports = [(port, kind.replace("_", " ")) for kind in PORTS for port in facts[kind]]
+    rows = [(port["name"], kind, port["dtype"], _shape(port)) for port, kind in ports]
     print_table(("port", "kind", "dtype", "shape"), rows)
     click.echo("")
     print_table(("file", ">size"), [(name, megabytes(count)) for name, count in facts["files"].items()])

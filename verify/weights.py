@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -40,7 +40,7 @@ def coded_weights(graph: ir.Graph) -> dict[str, StoredWeight]:
         if is_dialect_node(node):
             weight = stored_weight(node)
             if weight.layout != "raw":
-                found[str(weight.tensors[0].name).rpartition(".")[0]] = weight
+                found[weight.name] = weight
     return found
 
 
@@ -63,8 +63,5 @@ def compare_weights(coded: Mapping[str, StoredWeight], expected: Mapping[str, st
 
 def weight_digest(weight: StoredWeight) -> str:
     """SHA-256 of the bytes a coded weight decodes to, hexadecimal."""
-    tensors = tuple(value.const_value.numpy() for value in weight.tensors if value.const_value is not None)
-    dtype, layout = codec.dtype_name(weight.dtype.numpy()), cast("codec.Layout", weight.layout)
-    coded = codec.CodedWeight(dtype, (weight.rows, weight.columns), layout, tensors)
-    array = np.ascontiguousarray(codec.decode(coded))
+    array = np.ascontiguousarray(codec.decode(weight.read()))
     return hashlib.sha256(array.reshape(-1).view(np.uint8).data).hexdigest()

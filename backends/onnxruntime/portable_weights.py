@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import numpy as np
 import onnx_ir as ir
 
@@ -28,13 +26,9 @@ def use_portable_layouts(graph: ir.Graph) -> None:
 def _portable(weight: StoredWeight) -> StoredWeight:
     layout: codec.Layout = "raw" if weight.dtype == ir.DataType.FLOAT16 else "rank4"
     dtype = codec.dtype_name(weight.dtype.numpy())
-    shape = (weight.rows, weight.columns)
-    base = str(weight.tensors[0].name).rpartition(".")[0]
 
     def tensors() -> tuple[np.ndarray, ...]:
-        parts = tuple(value.const_value.numpy() for value in weight.tensors if value.const_value is not None)
-        coded = codec.CodedWeight(dtype, shape, cast("codec.Layout", weight.layout), parts)
-        return codec.transcode(coded, layout).tensors
+        return codec.transcode(weight.read(), layout).tensors
 
     # Only the sizes are kept; each tensor is transcoded again when it is written.
     sizes = [(part.dtype, part.shape) for part in tensors()]
@@ -43,7 +37,7 @@ def _portable(weight: StoredWeight) -> StoredWeight:
         zip(codec.tensor_names(layout, dtype), sizes, strict=True)
     ):
         element = ir.DataType.from_numpy(numpy_dtype)
-        tensor = computed_tensor(lambda index=index: tensors()[index], element, part_shape, f"{base}.{name}")  # type: ignore[misc]
+        tensor = computed_tensor(lambda index=index: tensors()[index], element, part_shape, f"{weight.name}.{name}")  # type: ignore[misc]
         values.append(
             ir.Value(name=tensor.name, type=ir.TensorType(element), shape=ir.Shape(part_shape), const_value=tensor)
         )

@@ -33,6 +33,6 @@ def _huffman_parts(graph: ir.Graph) -> dict[ir.Value, str]:
     parts: dict[ir.Value, str] = {}
     for node in graph.all_nodes():
         if is_dialect_node(node) and node.attributes.get_string("layout") == "huffman":
-            for value in stored_weight(node).tensors:
-                parts[value] = str(value.name).rpartition(".")[0]
+            weight = stored_weight(node)
+            parts.update(dict.fromkeys(weight.tensors, weight.name))
     return parts

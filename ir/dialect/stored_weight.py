@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import onnx_ir as ir
@@ -20,6 +21,7 @@ from onnx_ir.tape import Tape
 from effc.errors import InputError
 from effc.ir.dialect.base import DOMAIN
 from effc.ir.weights import tensor_shape
+from effc.kernels import codec
 
 LAYOUTS = ("raw", "huffman", "rank4", "rank3")
 WEIGHT_ATTRIBUTES = {
@@ -52,6 +54,17 @@ class StoredWeight:
     def attributes(self) -> dict[str, str | int]:
         """Attributes of a node that reads this weight."""
         return {"layout": self.layout, "dtype": int(self.dtype), "rows": self.rows, "columns": self.columns}
+
+    @property
+    def name(self) -> str:
+        """Name of the weight that a coded one stands for: its tensors are called `NAME.PART`."""
+        return str(self.tensors[0].name).rpartition(".")[0]
+
+    def read(self) -> codec.CodedWeight:
+        """The weight with the content of its tensors, for the codec."""
+        parts = tuple(value.const_value.numpy() for value in self.tensors if value.const_value is not None)
+        layout = cast("codec.Layout", self.layout)
+        return codec.CodedWeight(codec.dtype_name(self.dtype.numpy()), (self.rows, self.columns), layout, parts)
 
 
 def stored_weight(node: ir.Node) -> StoredWeight:
