@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -131,14 +132,20 @@ def test_masked_tokens_are_never_drawn(sampling: Sampling) -> None:
     assert {draw(logits, sampling, generator) for _ in range(200)} <= {5, 600, 1999}
 
 
-def test_a_large_vocabulary_is_quick() -> None:
+def _quickest(action: Callable[[], object]) -> float:
+    """Seconds of the fastest of several runs."""
+    spent = []
+    for _ in range(20):
+        begun = time.perf_counter()
+        action()
+        spent.append(time.perf_counter() - begun)
+    return min(spent)
+
+
+def test_a_large_vocabulary_is_never_sorted_whole() -> None:
     logits = np.random.default_rng(0).standard_normal(262144).astype(np.float32) * 3
-    limits = {Sampling(): 0.2, Sampling(0.7): 10, Sampling(0.7, top_k=50): 10, Sampling(1.0, top_p=0.95): 60}
-    for sampling, milliseconds in limits.items():
+    sorting = _quickest(lambda: np.argsort(logits, kind="stable"))
+    shares = {Sampling(): 0.01, Sampling(0.7): 0.4, Sampling(0.7, top_k=50): 0.4, Sampling(1.0, top_p=0.95): 1.5}
+    for sampling, share in shares.items():
         sampler = Sampler(sampling, [[1]], 0)
-        spent = []
-        for _ in range(20):
-            begun = time.perf_counter()
-            sampler.choose(0, logits)
-            spent.append(time.perf_counter() - begun)
-        assert min(spent) * 1e3 < milliseconds, sampling
+        assert _quickest(lambda sampler=sampler: sampler.choose(0, logits)) < share * sorting, sampling
