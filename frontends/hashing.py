@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
+from threading import Thread
 
 import onnx_ir as ir
 
@@ -26,9 +27,17 @@ def content_hash(config: bytes, files: Iterable[tuple[str, Path]]) -> str:
 
 def start_content_hash(config: bytes, files: Iterable[tuple[str, Path]]) -> Future[str]:
     """Begin hashing in a thread; hashing releases the interpreter, so tracing goes on meanwhile."""
-    executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="effc-hash")
-    future = executor.submit(content_hash, config, list(files))
-    executor.shutdown(wait=False)
+    future: Future[str] = Future()
+    listed = list(files)
+
+    def work() -> None:
+        try:
+            future.set_result(content_hash(config, listed))
+        except Exception as error:
+            future.set_exception(error)
+
+    # A daemon: after a failed import the process must not wait for the hash of a large checkpoint.
+    Thread(target=work, name="effc-hash", daemon=True).start()
     return future
 
 

@@ -1,6 +1,8 @@
 // AVX2 with FMA, F16C and BMI2: 32 weights a block.
 #include <immintrin.h>
 
+#include <cstring>
+
 #include "cpu/product.h"
 
 namespace effc {
@@ -252,7 +254,9 @@ struct Reader<Layout::kRank3, kType> {
     planes.Open(w, row);
     codes = w.codes + row * w.code_stride - 48;
     escape = w.escapes + w.row_escapes[row];
-    table = _mm256_set1_epi64x(*reinterpret_cast<const long long*>(w.table));
+    int64_t packed = 0;
+    std::memcpy(&packed, w.table, sizeof(packed));
+    table = _mm256_set1_epi64x(packed);
   }
   EFFC_INLINE void StartTile(int64_t) {
     planes.StartTile();
