@@ -23,7 +23,7 @@ from effc.passes.pipeline import expand, run_pipeline, run_step
 from effc.passes.pipeline_text import format_pipeline, parse_pipeline
 from effc.plan import Plan, plan_run, require_space
 from effc.runtime.bundle import MANIFEST, Manifest
-from effc.verify.budget import parse_budget
+from effc.verify.budget import Budget, parse_budget
 from effc.verify.contracts import ContractCheck
 from effc.verify.report import write_report
 from effc.verify.weights import WeightCheck
@@ -103,10 +103,13 @@ def optimize(
     step = progress or (lambda stage, done, total: None)
     requested = parse_pipeline(passes) if isinstance(passes, str) else tuple(passes)
     chosen = backend(target)
+    limits = parse_budget(budget) if budget is not None else None
     if output is None and not dry_run:
         raise UsageError("optimize needs an output folder. Name one with -o DIR, or ask for a dry run.")
     if output is not None and not dry_run:
         check_replaceable(Path(output))
+    if isinstance(model, str | Path) and (Path(model) / MANIFEST).is_file():
+        raise UsageError(f"{model}: is an engine folder already. Name the model it was made from.")
     step("import", 0, 0)
     program = import_model(
         model,
@@ -125,7 +128,7 @@ def optimize(
         return OptimizeResult(program, None, None, _dry_run(program, requested, target, plan, watch))
     assert output is not None
     require_space(plan, Path(output))
-    instruments = _instruments(_contract_check(plan, budget) if check else None, dump, step)
+    instruments = _instruments(_contract_check(plan, limits) if check else None, dump, step)
     run_pipeline(program, requested, instruments, allow_noop=allow_noop)
     canonical = program.clone()
     run_step(program, Lowering(chosen, portable), instruments)
@@ -162,8 +165,7 @@ def reference_engine(
     return folder
 
 
-def _contract_check(plan: Plan, budget: str | None) -> ContractCheck:
-    limits = parse_budget(budget) if budget is not None else None
+def _contract_check(plan: Plan, limits: Budget | None) -> ContractCheck:
     if plan.weight_bytes <= HARD_SHAPES_UP_TO:
         return ContractCheck("hard", budget=limits)
     return ContractCheck("quick", budget=limits, limit=SMALL_SEGMENT)

@@ -68,6 +68,8 @@ def import_model(
 
 def _import_path(model: str | Path, request: Request) -> Program:
     path = Path(model).expanduser()
+    if not str(model):
+        raise UsageError("the path of the model is empty. Name a file or a folder.")
     if path.is_dir():
         from effc.frontends.huggingface import import_folder
 

@@ -1,4 +1,4 @@
-"""The reference engine: made once per content and task."""
+"""What `optimize` refuses at once; the reference engine: made once per content and task."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import numpy as np
 import onnx
 import pytest
 
-from effc.compiler import reference_engine
+from effc.compiler import optimize, reference_engine
+from effc.errors import UsageError
 from effc.runtime.bundle import read_manifest
 
 
@@ -36,3 +37,16 @@ def test_it_is_made_once(model: Path) -> None:
 def test_every_task_has_its_own(model: Path) -> None:
     folders = {task: reference_engine(model, task=task) for task in ("encoder", "generic")}
     assert {task: read_manifest(folder).task for task, folder in folders.items()} == {t: t for t in folders}
+
+
+def test_an_engine_and_an_empty_path_are_no_models(model: Path) -> None:
+    engine = reference_engine(model)
+    with pytest.raises(UsageError, match="is an engine folder already"):
+        optimize(engine, engine.parent / "again")
+    with pytest.raises(UsageError, match="path of the model is empty"):
+        optimize("", engine.parent / "again")
+
+
+def test_a_wrong_budget_is_refused_before_any_work(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="budget"):
+        optimize(tmp_path / "no-such-model", tmp_path / "engine", budget="max-rel=nan")
