@@ -119,7 +119,7 @@ def _validate(model: ir.Model, where: str) -> Iterator[str]:
     )
     if foreign:
         listed = ", ".join(f"{count} {name}" for name, count in foreign.most_common(8))
-        yield f"Operators outside standard ONNX are kept as they are: {listed}."
+        yield f"Operators outside standard ONNX are kept as they are, and must be known to onnxruntime: {listed}."
 
 
 def _tidy(model: ir.Model, where: str) -> Iterator[str]:

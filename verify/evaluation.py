@@ -85,7 +85,7 @@ def enforce_budget(result: dict[str, Any], budget: Budget) -> None:
 def _check_request(engine: Engine, reference: Engine, tokens: int, context: int) -> None:
     if engine.task != reference.task:
         raise UsageError(
-            f"{engine.folder} is a {engine.task} engine and {reference.folder} a {reference.task} one. "
+            f"{engine.folder} has the task {engine.task}, {reference.folder} has {reference.task}. "
             "Compare engines of one model."
         )
     if context < 2 or tokens < 2:
