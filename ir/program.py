@@ -10,6 +10,8 @@ from typing import Any
 
 import onnx_ir as ir
 
+from effc.ir.calibration import Calibration
+
 OPSET = 24
 """Opset of the IR. Newer ones have no onnxruntime CPU kernels for attention yet."""
 
@@ -84,12 +86,14 @@ class Program:
         task: What the model is for.
         source: Where it came from.
         records: One record per pass that ran, in order.
+        calibration: Real inputs that passes may measure on; None when the user gave none.
     """
 
     model: ir.Model
     task: Task
     source: Source
     records: list[PassRecord] = field(default_factory=list)
+    calibration: Calibration | None = None
 
     @property
     def graph(self) -> ir.Graph:

@@ -67,12 +67,15 @@ class Pass(ABC):
     Class attributes:
         name: Kebab-case name in pipeline text.
         contract: What the pass promises.
+        uses_calibration: Whether the pass measures on `program.calibration` when there is one. Data that no
+            pass of a pipeline uses are refused.
 
     A subclass validates its options in `__post_init__` and raises `UsageError` with the range.
     """
 
     name: ClassVar[str]
     contract: ClassVar[Contract]
+    uses_calibration: ClassVar[bool] = False
 
     def requires(self) -> Sequence[Pass]:
         """Passes that must have run before this one; the pipeline inserts those that are missing."""
