@@ -10,8 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from effc.errors import ContractError
-from effc.ir.dialect import is_dialect_node
-from effc.ir.dialect.stored_weight import StoredWeight, stored_weight
+from effc.ir.dialect.stored_weight import StoredWeight, reads_stored_weight, stored_weight
 from effc.ir.program import Program
 from effc.kernels import codec
 from effc.passes.base import Pass, PassReport
@@ -37,7 +36,7 @@ def coded_weights(graph: ir.Graph) -> dict[str, StoredWeight]:
     """Every coded weight of a graph by the name of the weight it codes."""
     found = {}
     for node in graph.all_nodes():
-        if is_dialect_node(node):
+        if reads_stored_weight(node):
             weight = stored_weight(node)
             if weight.layout != "raw":
                 found[weight.name] = weight

@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from effc.ir.dialect import is_dialect_node
-from effc.ir.dialect.stored_weight import StoredWeight, replace_weight, stored_weight
+from effc.ir.dialect.stored_weight import StoredWeight, reads_stored_weight, replace_weight, stored_weight
 from effc.ir.weights import computed_tensor
 from effc.kernels import codec
 
@@ -15,7 +14,7 @@ def use_portable_layouts(graph: ir.Graph) -> None:
     """Turn every `huffman` and `rank3` weight into `rank4`, or into `raw` for fp16, bit for bit."""
     done: set[ir.Value] = set()
     for node in list(graph.all_nodes()):
-        if not is_dialect_node(node):
+        if not reads_stored_weight(node):
             continue
         weight = stored_weight(node)
         if weight.layout in ("huffman", "rank3") and weight.tensors[0] not in done:

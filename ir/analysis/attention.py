@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
 from effc.ir.analysis.layer_names import named_by_layer
-from effc.ir.analysis.masks import MaskMeaning, mask_meaning, window_of
+from effc.ir.analysis.masks import mask_meaning, window_of
 from effc.ir.rewrite import sizes
 from effc.ir.rewrite.dataflow import attribute_float, attribute_int, is_op
 from effc.ir.rewrite.sizes import Size, shape_of
@@ -96,7 +96,7 @@ def attention_site(node: ir.Node) -> AttentionSite | None:
     mask, past_key, past_value = (_optional(node.inputs, index) for index in (3, 4, 5))
     past = shape_of(past_key)
     keys = sizes.add(past[2], k_shape[2]) if past is not None else k_shape[2]
-    causal, meaning = _visibility(node, mask, q_shape[2], keys)
+    sees = _visibility(node, mask, q_shape[2], keys)
     return AttentionSite(
         name="attention",
         packed=len(shape_of(q) or ()) == 3,
@@ -118,10 +118,10 @@ def attention_site(node: ir.Node) -> AttentionSite | None:
         keys=keys,
         scale=attribute_float(node, "scale", head_size**-0.5),
         softcap=attribute_float(node, "softcap", 0.0),
-        causal=causal,
-        window=window_of(meaning) if meaning is not None and causal else None,
-        padding=meaning.padding if meaning is not None else None,
-        understood=mask is None or meaning is not None,
+        causal=sees.causal,
+        window=sees.window,
+        padding=sees.padding,
+        understood=sees.understood,
     )
 
 
@@ -134,14 +134,30 @@ def _by_heads(shape: Sequence[Size] | None, heads: int) -> tuple[Size, ...] | No
     return (shape[0], heads, shape[1], shape[2] // heads)
 
 
-def _visibility(node: ir.Node, mask: ir.Value | None, queries: Size, keys: Size) -> tuple[bool, MaskMeaning | None]:
-    meaning = mask_meaning(mask) if mask is not None else None
-    if attribute_int(node, "is_causal", 0):
-        return True, meaning
-    causal = (
-        meaning is not None and meaning.upper is not None and sizes.same(meaning.upper, sizes.subtract(keys, queries))
-    )
-    return causal, meaning
+@dataclass(frozen=True)
+class _Visibility:
+    """What an attribute and a mask say together; see `AttentionSite`."""
+
+    causal: bool
+    window: int | None
+    padding: ir.Value | None
+    understood: bool
+
+
+def _visibility(node: ir.Node, mask: ir.Value | None, queries: Size, keys: Size) -> _Visibility:
+    said = bool(attribute_int(node, "is_causal", 0))
+    if mask is None:
+        return _Visibility(said, None, None, True)
+    meaning = mask_meaning(mask)
+    if meaning is None:
+        return _Visibility(said, None, None, False)
+    upper = meaning.upper
+    if said and upper is None:
+        upper = sizes.subtract(keys, queries)
+    causal = upper is not None and sizes.same(upper, sizes.subtract(keys, queries))
+    window = window_of(replace(meaning, upper=upper)) if causal else None
+    bounded = (upper is None or causal) and (meaning.lower is None or window is not None)
+    return _Visibility(causal or said, window, meaning.padding, bounded)
 
 
 def _optional(values: Sequence[ir.Value | None], index: int) -> ir.Value | None:

@@ -15,6 +15,7 @@ from effc.errors import InputError
 from effc.ir.dialect.base import DOMAIN, DialectOp
 
 _OPS = {
+    "CachedAttention": "effc.ir.dialect.cached_attention",
     "CodedMatMul": "effc.ir.dialect.coded_matmul",
     "CodedGather": "effc.ir.dialect.coded_gather",
     "DecodeWeight": "effc.ir.dialect.decode_weight",

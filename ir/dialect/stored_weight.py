@@ -67,6 +67,11 @@ class StoredWeight:
         return codec.CodedWeight(codec.dtype_name(self.dtype.numpy()), (self.rows, self.columns), layout, parts)
 
 
+def reads_stored_weight(node: ir.Node) -> bool:
+    """Whether a node is an op of the dialect with a stored weight."""
+    return node.domain == DOMAIN and "layout" in node.attributes
+
+
 def stored_weight(node: ir.Node) -> StoredWeight:
     """The weight operand of a dialect node."""
     first = 0 if node.op_type == "DecodeWeight" else 1
