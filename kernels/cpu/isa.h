@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "cpu/attention.h"
 #include "cpu/weight.h"
 
 namespace effc {
@@ -19,6 +20,7 @@ struct Kernels {
                   int64_t begin, int64_t end, float* y, int64_t y_stride, float* scratch);
   // Rows [begin, end) widened to fp32, in natural order, `stride` floats apart.
   void (*widen)(const WeightView& weight, int64_t begin, int64_t end, float* out, int64_t stride);
+  const AttentionKernels* attention;
 };
 
 extern const Kernels kScalarKernels;

@@ -10,23 +10,10 @@
 #include <utility>
 
 #include "cpu/isa.h"
-
-#define EFFC_INLINE inline __attribute__((always_inline))
-#define EFFC_INLINE_LAMBDA __attribute__((always_inline))
+#include "cpu/unroll.h"
 
 namespace effc {
 namespace {
-
-template <int kCount, class Fn, int... kIndex>
-EFFC_INLINE void UnrollImpl(Fn& fn, std::integer_sequence<int, kIndex...>) {
-  (fn(std::integral_constant<int, kIndex>{}), ...);
-}
-
-// fn(0) .. fn(kCount - 1) with compile-time arguments.
-template <int kCount, class Fn>
-EFFC_INLINE void Unroll(Fn&& fn) {
-  UnrollImpl<kCount>(fn, std::make_integer_sequence<int, kCount>{});
-}
 
 template <class V>
 constexpr int64_t kBlock = 4 * V::kLanes;

@@ -296,6 +296,7 @@ struct Reader<Layout::kRank3, kType> {
 
 }  // namespace
 
-const Kernels kAvx2Kernels = {"avx2", Avx2::kLanes, Product<Avx2, Reader>, Widen<Avx2, Reader>};
+const Kernels kAvx2Kernels = {"avx2", Avx2::kLanes, Product<Avx2, Reader>, Widen<Avx2, Reader>,
+                              &kAvx2Attention};
 
 }  // namespace effc

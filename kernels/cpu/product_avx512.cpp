@@ -317,6 +317,6 @@ struct Reader<Layout::kRank3, kType> {
 }  // namespace
 
 const Kernels kAvx512Kernels = {"avx512", Avx512::kLanes, Product<Avx512, Reader>,
-                                Widen<Avx512, Reader>};
+                                Widen<Avx512, Reader>, &kAvx512Attention};
 
 }  // namespace effc

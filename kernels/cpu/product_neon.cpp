@@ -212,6 +212,7 @@ struct Reader<Layout::kRank3, kType> : RankReader<Layout::kRank3, kType> {};
 
 }  // namespace
 
-const Kernels kNeonKernels = {"neon", Neon::kLanes, Product<Neon, Reader>, Widen<Neon, Reader>};
+const Kernels kNeonKernels = {"neon", Neon::kLanes, Product<Neon, Reader>, Widen<Neon, Reader>,
+                              &kNeonAttention};
 
 }  // namespace effc

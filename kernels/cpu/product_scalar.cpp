@@ -115,6 +115,6 @@ struct Reader<Layout::kRaw, kType> : OneByOne<Reader<Layout::kRaw, kType>> {
 }  // namespace
 
 const Kernels kScalarKernels = {"scalar", Scalar::kLanes, Product<Scalar, Reader>,
-                                Widen<Scalar, Reader>};
+                                Widen<Scalar, Reader>, &kScalarAttention};
 
 }  // namespace effc
