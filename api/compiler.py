@@ -24,6 +24,8 @@ from effc.passes.pipeline_text import format_pipeline, parse_pipeline
 from effc.plan import Plan, plan_run, require_space
 from effc.runtime.bundle import MANIFEST, Manifest
 from effc.verify.budget import Budget, parse_budget
+from effc.verify.calibration import DEFAULT_TOKENS, open_calibration
+from effc.verify.calibration_files import check_file
 from effc.verify.contracts import ContractCheck
 from effc.verify.report import write_report
 from effc.verify.weights import WeightCheck
@@ -66,6 +68,8 @@ def optimize(
     example_inputs: Any = None,
     check: bool = True,
     budget: str | None = None,
+    calibrate: str | Path | None = None,
+    calibrate_tokens: int = DEFAULT_TOKENS,
     dump: Path | None = None,
     progress: Progress | None = None,
     announce: Callable[[str], None] | None = None,
@@ -87,13 +91,16 @@ def optimize(
         example_inputs: For a torch module: the inputs to export with.
         check: Measure every pass's contract and the decoded weights.
         budget: Limits of approximate passes, such as `max-rel=0.05,top1=0.98`.
+        calibrate: Real inputs for passes that measure on them: UTF-8 text; `.jsonl` with `text`, `prompt` (and
+            `completion`) or `input_ids` a line; or `.npz` with arrays named like the inputs, first axis = samples.
+        calibrate_tokens: Most tokens of it to use, in windows of 512.
         dump: Folder for the graph after each pass, as text.
         progress: Called with stage, bytes done, bytes in all.
         announce: Called with one-line notes: what was decided, what will be needed.
 
     Raises:
-        UsageError: Unknown pass, option or target.
-        InputError: The model was refused.
+        UsageError: Unknown pass, option or target; calibration data that no pass uses.
+        InputError: The model or the calibration data were refused.
         ContractError: A pass broke its promise, or a requested pass changed nothing.
         OutputError: The engine cannot be written.
         MissingDependencyError: Something is not installed.
@@ -104,6 +111,8 @@ def optimize(
     requested = parse_pipeline(passes) if isinstance(passes, str) else tuple(passes)
     chosen = backend(target)
     limits = parse_budget(budget) if budget is not None else None
+    if calibrate is not None:
+        _check_calibration(Path(calibrate), calibrate_tokens, expand(requested))
     if output is None and not dry_run:
         raise UsageError("optimize needs an output folder. Name one with -o DIR, or ask for a dry run.")
     if output is not None and not dry_run:
@@ -122,6 +131,10 @@ def optimize(
     )
     for note in program.source.notes:
         say(note)
+    data = open_calibration(Path(calibrate), program, tokens=calibrate_tokens) if calibrate is not None else None
+    if data is not None:
+        program.calibration = data
+        say(data.describe())
     plan = plan_run(program)
     say(plan.text())
     if dry_run:
@@ -134,7 +147,8 @@ def optimize(
     run_step(program, Lowering(chosen, portable), instruments)
     manifest = _write(program, Path(output), chosen, portable, step)
     Store().prune()
-    return OptimizeResult(canonical, Path(output), manifest, _summary(manifest, Path(output), watch))
+    summary = {**_summary(manifest, Path(output), watch), "calibration": data.to_json() if data else None}
+    return OptimizeResult(canonical, Path(output), manifest, summary)
 
 
 def reference_engine(
@@ -163,6 +177,16 @@ def reference_engine(
     run_step(program, Lowering(chosen, portable=True))
     _write(program, folder, chosen, True, lambda stage, done, total: None)
     return folder
+
+
+def _check_calibration(path: Path, tokens: int, passes: Sequence[Pass]) -> None:
+    """Refuse what would come to nothing, before the model is read."""
+    if tokens < 1:
+        raise UsageError(f"calibrate_tokens is {tokens}; give at least 1.")
+    if not any(one.uses_calibration for one in passes):
+        names = ", ".join(one.name for one in passes)
+        raise UsageError(f"{path}: no pass of the pipeline uses calibration data ({names}). Leave --calibrate out.")
+    check_file(path)
 
 
 def _contract_check(plan: Plan, limits: Budget | None) -> ContractCheck:

@@ -33,6 +33,19 @@ Examples:
 @click.option("--target", metavar="NAME", help=f"Where it will run; `effc doctor` lists. Default: {DEFAULT_TARGET}.")
 @click.option("--portable", is_flag=True, help="Write standard ONNX ops only: runs without our kernels, slower.")
 @budget_option
+@click.option(
+    "--calibrate",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Real inputs for passes that measure on them: text, .jsonl (`text`, `prompt`, `input_ids`), .npz.",
+)
+@click.option(
+    "--calibrate-tokens",
+    type=click.IntRange(min=1),
+    default=16384,
+    show_default=True,
+    help="Most tokens of that file to use, in windows of 512.",
+)
 @click.option("--allow-noop", is_flag=True, help="Accept a pass that changes nothing; without it that is an error.")
 @click.option("--dry-run", is_flag=True, help="Report the sites every pass would change; write nothing.")
 @model_options
@@ -53,6 +66,8 @@ def command(
     target: str | None,
     portable: bool,
     budget: str | None,
+    calibrate: Path | None,
+    calibrate_tokens: int,
     allow_noop: bool,
     dry_run: bool,
     task: str | None,
@@ -85,6 +100,8 @@ def command(
             dtype=dtype,
             dump=dump,
             budget=budget or plan.budget,
+            calibrate=calibrate,
+            calibrate_tokens=calibrate_tokens,
             progress=reporter.progress,
             announce=reporter.announce,
         )

@@ -91,7 +91,8 @@ def test_optimize_passes_every_flag_on(effc, compiler, tmp_path) -> None:
         "t",
         "--quiet",
     ]
-    result = effc("optimize", "model", *words, "--dump", tmp_path, "--budget", "top1=0.9")
+    more = ["--dump", tmp_path, "--budget", "top1=0.9", "--calibrate", "c.txt", "--calibrate-tokens", 7]
+    result = effc("optimize", "model", *words, *more)
     assert result.code == 0
     assert result.err == ""
     _, output, options = compiler.calls[0]
@@ -106,6 +107,8 @@ def test_optimize_passes_every_flag_on(effc, compiler, tmp_path) -> None:
         "target": "t",
         "dump": tmp_path,
         "budget": "top1=0.9",
+        "calibrate": Path("c.txt"),
+        "calibrate_tokens": 7,
     }
     assert {key: options[key] for key in expected} == expected
 
@@ -116,7 +119,8 @@ def test_optimize_passes_every_flag_on(effc, compiler, tmp_path) -> None:
         (
             "effc.compiler",
             "optimize",
-            "passes target portable budget allow_noop dry_run twin task dtype dump progress announce",
+            "passes target portable budget calibrate calibrate_tokens allow_noop dry_run twin task dtype dump "
+            "progress announce",
         ),
         ("effc.compiler", "reference_engine", "dtype task twin"),
         ("effc.frontends", "import_model", "task dtype twin check progress"),
