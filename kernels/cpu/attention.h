@@ -14,6 +14,7 @@ namespace effc {
 
 constexpr int64_t kBlockTokens = 128;   // tokens of a block of rows
 constexpr int64_t kLongestBlock = 256;  // tokens of any block; a page may have that many
+constexpr int64_t kScoreStride = 272;   // floats between rows of scores: not a power of two
 constexpr int64_t kPanelLanes = 64;     // tokens in a panel of transposed keys
 constexpr int64_t kRowPadding = 16;     // rows of queries and of sums are padded to multiples of it
 

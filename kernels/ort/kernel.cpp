@@ -1,9 +1,7 @@
 #include "ort/kernel.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cstring>
-#include <mutex>
 
 #include "ort/shared_weight.h"
 
@@ -28,35 +26,17 @@ float* ThreadScratch(int64_t floats) {
   return scratch.data();
 }
 
-std::string NodeName(const Api& api, const OrtKernelInfo* info) {
-  size_t size = 0;
-  if (OrtStatus* status = api.KernelInfoGetNodeName(info, static_cast<char*>(nullptr), &size)) {
-    api.ReleaseStatus(status);
-  }
-  std::string name(size, '\0');
-  if (OrtStatus* status = api.KernelInfoGetNodeName(info, name.data(), &size)) {
-    api.ReleaseStatus(status);
-    return "?";
-  }
-  return name.c_str();
-}
-
-std::string ShapeText(const std::vector<int64_t>& dims) {
-  std::string text = "[";
-  for (size_t i = 0; i < dims.size(); ++i) text += (i ? "," : "") + std::to_string(dims[i]);
-  return text + "]";
-}
-
 }  // namespace
 
 WeightKernel::WeightKernel(OrtApi* table, const OrtKernelInfo* info, const char* op, size_t first)
-    : api_(table), where_(std::string("effc::") + op + " node '" + NodeName(api_, info) + "': ") {
+    : NodeKernel(table, info, op) {
   try {
     kernels_ = &ActiveKernels();
-    spec_.dtype = static_cast<Type>(IntAttribute(info, "dtype"));
-    spec_.rows = IntAttribute(info, "rows");
-    spec_.columns = IntAttribute(info, "columns");
-    const Layout layout = ParseLayout(StringAttribute(info, "layout"));
+    const NodeAttributes attributes(api_, info);
+    spec_.dtype = static_cast<Type>(attributes.Int("dtype"));
+    spec_.rows = attributes.Int("rows");
+    spec_.columns = attributes.Int("columns");
+    const Layout layout = ParseLayout(attributes.String("layout"));
     size_t count = 0;
     Check(api_.KernelInfoGetInputCount(info, &count));
     std::vector<Tensor> tensors;
@@ -74,116 +54,6 @@ WeightKernel::WeightKernel(OrtApi* table, const OrtKernelInfo* info, const char*
   } catch (const Error& error) {
     throw Error(where_ + error.what());
   }
-}
-
-OrtStatus* WeightKernel::Fail(int32_t code, const std::string& message) const {
-  return api_.CreateStatus(code, (where_ + message).c_str());
-}
-
-void WeightKernel::CheckStatus(const Api& api, OrtStatus* status) {
-  if (status == nullptr) return;
-  const std::string message = api.GetErrorMessage(status);
-  api.ReleaseStatus(status);
-  throw Error(message);
-}
-
-int64_t WeightKernel::IntAttribute(const OrtKernelInfo* info, const char* name) const {
-  int64_t value = 0;
-  if (OrtStatus* status = api_.KernelInfoGetAttributeInt(info, name, &value)) {
-    api_.ReleaseStatus(status);
-    throw Error(std::string("attribute '") + name + "' is missing or not an int");
-  }
-  return value;
-}
-
-std::string WeightKernel::StringAttribute(const OrtKernelInfo* info, const char* name) const {
-  size_t size = 0;
-  std::string value;
-  OrtStatus* status =
-      api_.KernelInfoGetAttributeString(info, name, static_cast<char*>(nullptr), &size);
-  if (status == nullptr) {
-    value.resize(size);
-    status = api_.KernelInfoGetAttributeString(info, name, value.data(), &size);
-  }
-  if (status != nullptr) {
-    api_.ReleaseStatus(status);
-    throw Error(std::string("attribute '") + name + "' is missing or not a string");
-  }
-  return value.c_str();
-}
-
-Tensor WeightKernel::Read(const OrtValue* value, std::vector<int64_t>* dims) const {
-  OrtTensorTypeAndShapeInfo* info = nullptr;
-  Check(api_.GetTensorTypeAndShape(value, &info));
-  int32_t type = 0;
-  size_t rank = 0;
-  std::vector<int64_t> shape;
-  OrtStatus* status = api_.GetTensorElementType(info, &type);
-  if (status == nullptr) status = api_.GetDimensionsCount(info, &rank);
-  if (status == nullptr) {
-    shape.resize(rank);
-    status = api_.GetDimensions(info, shape.data(), rank);
-  }
-  api_.ReleaseTensorTypeAndShapeInfo(info);
-  Check(status);
-  Tensor tensor;
-  tensor.type = static_cast<Type>(type);
-  void* data = nullptr;
-  Check(api_.GetTensorMutableData(const_cast<OrtValue*>(value), &data));
-  tensor.data = data;
-  tensor.rank = static_cast<int32_t>(rank);
-  if (dims != nullptr) {
-    *dims = std::move(shape);
-  } else if (rank > 4) {
-    throw Error("a tensor of a weight has more than two dimensions");
-  } else {
-    std::copy(shape.begin(), shape.end(), tensor.dims);
-  }
-  return tensor;
-}
-
-Tensor WeightKernel::Input(const OrtKernelContext* context, size_t index,
-                           std::vector<int64_t>* dims) const {
-  const OrtValue* value = nullptr;
-  Check(api_.KernelContextGetInput(context, index, &value));
-  if (value == nullptr) throw Error("input " + std::to_string(index) + " is missing");
-  return Read(value, dims);
-}
-
-float* WeightKernel::Output(OrtKernelContext* context, const std::vector<int64_t>& dims) const {
-  OrtValue* value = nullptr;
-  Check(api_.KernelContextGetOutput(context, size_t{0}, dims.data(), dims.size(), &value));
-  void* data = nullptr;
-  Check(api_.GetTensorMutableData(value, &data));
-  return static_cast<float*>(data);
-}
-
-template <class Fn>
-void WeightKernel::Parallel(const OrtKernelContext* context, int64_t count, int64_t grain,
-                            Fn&& fn) const {
-  if (count <= grain) return fn(int64_t{0}, count);
-  struct Shared {
-    Fn& fn;
-    int64_t count;
-    int64_t grain;
-    std::atomic<bool> failed{false};
-    std::mutex mutex;
-    std::string message;
-  } shared{fn, count, grain, {}, {}, {}};
-  auto task = [](void* data, size_t index) {
-    Shared& s = *static_cast<Shared*>(data);
-    if (s.failed) return;
-    const int64_t begin = static_cast<int64_t>(index) * s.grain;
-    try {
-      s.fn(begin, std::min(s.count, begin + s.grain));
-    } catch (const std::exception& error) {
-      const std::lock_guard<std::mutex> lock(s.mutex);
-      if (!s.failed.exchange(true)) s.message = error.what();
-    }
-  };
-  const size_t tasks = static_cast<size_t>((count + grain - 1) / grain);
-  Check(api_.KernelContextParallelFor(context, +task, tasks, size_t{0}, &shared));
-  if (shared.failed) throw Error(shared.message);
 }
 
 void MatMulKernel::Compute(OrtKernelContext* context) const {

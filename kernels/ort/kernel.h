@@ -2,42 +2,28 @@
 #pragma once
 
 #include <memory>
-#include <string>
 #include <vector>
 
 #include "cpu/isa.h"
 #include "cpu/weight.h"
-#include "ort/ort_abi.h"
+#include "ort/node_kernel.h"
 
 namespace effc::ort {
 
-// What the three kernels share: the weight of a node, and errors that name the node.
-class WeightKernel {
+// What the three kernels share: the weight of a node.
+class WeightKernel : public NodeKernel {
  public:
   // Reads attributes and weight tensors; the weight starts at input `first`. Throws Error.
   WeightKernel(OrtApi* table, const OrtKernelInfo* info, const char* op, size_t first);
 
-  OrtStatus* Fail(int32_t code, const std::string& message) const;
-
  protected:
-  void Check(OrtStatus* status) const { CheckStatus(api_, status); }
-  static void CheckStatus(const Api& api, OrtStatus* status);
-  Tensor Read(const OrtValue* value, std::vector<int64_t>* dims = nullptr) const;
-  Tensor Input(const OrtKernelContext* context, size_t index, std::vector<int64_t>* dims) const;
-  float* Output(OrtKernelContext* context, const std::vector<int64_t>& dims) const;
-  // Calls fn(begin, end) on ranges of `grain` indices, on the session's threads.
-  template <class Fn>
-  void Parallel(const OrtKernelContext* context, int64_t count, int64_t grain, Fn&& fn) const;
+  float* Output(OrtKernelContext* context, const std::vector<int64_t>& dims) const {
+    return static_cast<float*>(NodeKernel::Output(context, 0, dims));
+  }
 
-  Api api_;
-  std::string where_;
   Spec spec_;
   const Kernels* kernels_;
   std::shared_ptr<const RuntimeWeight> weight_;
-
- private:
-  int64_t IntAttribute(const OrtKernelInfo* info, const char* name) const;
-  std::string StringAttribute(const OrtKernelInfo* info, const char* name) const;
 };
 
 // y = x * transposed weight.

@@ -59,9 +59,9 @@ namespace effc::ort {
 constexpr uint32_t kApiVersion = 18;
 
 enum ErrorCode : int32_t { kFail = 1, kInvalidArgument = 2, kRuntimeException = 6 };
-enum ElementType : int32_t { kUndefined = 0, kFloat = 1, kInt32 = 6, kInt64 = 7 };
+enum ElementType : int32_t { kUndefined = 0, kFloat = 1, kInt32 = 6, kInt64 = 7, kBool = 9 };
 enum Characteristic : int32_t { kRequired = 0, kOptional = 1, kVariadic = 2 };
-enum OpAttrType : int32_t { kInt = 1 };
+enum OpAttrType : int32_t { kInt = 1, kInts = 2, kFloatAttribute = 3, kString = 5 };
 
 // Typed access to the slots in use.
 class Api {
@@ -89,6 +89,8 @@ class Api {
   EFFC_ORT_SLOT(62, GetDimensions, OrtStatus*, const Info*, int64_t*, size_t)
   EFFC_ORT_SLOT(63, GetSymbolicDimensions, OrtStatus*, const Info*, const char**, size_t)
   EFFC_ORT_SLOT(65, GetTensorTypeAndShape, OrtStatus*, const OrtValue*, Info**)
+  EFFC_ORT_SLOT(85, KernelInfoGetAttributeFloat, OrtStatus*, const OrtKernelInfo*, const char*,
+                float*)
   EFFC_ORT_SLOT(86, KernelInfoGetAttributeInt, OrtStatus*, const OrtKernelInfo*, const char*,
                 int64_t*)
   EFFC_ORT_SLOT(87, KernelInfoGetAttributeString, OrtStatus*, const OrtKernelInfo*, const char*,
@@ -99,6 +101,8 @@ class Api {
                 size_t, OrtValue**)
   EFFC_ORT_SLOT(93, ReleaseStatus, void, OrtStatus*)
   EFFC_ORT_SLOT(99, ReleaseTensorTypeAndShapeInfo, void, Info*)
+  EFFC_ORT_SLOT(163, KernelInfoGetAttributeInts, OrtStatus*, const OrtKernelInfo*, const char*,
+                int64_t*, size_t*)
   EFFC_ORT_SLOT(230, KernelInfoGetInputCount, OrtStatus*, const OrtKernelInfo*, size_t*)
   EFFC_ORT_SLOT(244, KernelInfoGetNodeName, OrtStatus*, const OrtKernelInfo*, char*, size_t*)
   EFFC_ORT_SLOT(249, KernelInfoGetConstantInputTensor, OrtStatus*, const OrtKernelInfo*, size_t,

@@ -1,0 +1,300 @@
+#include "cpu/cached_attention.h"
+
+#include <algorithm>
+#include <cstring>
+#include <limits>
+#include <string>
+
+namespace effc {
+namespace {
+
+constexpr int64_t kFewQueryRows = 64;  // rows up to which tokens are read without a transpose
+constexpr int64_t kPartTokens = 512;   // tokens of one task with few query rows
+constexpr int64_t kTileRows = 128;     // query rows of one task otherwise
+constexpr int64_t kLeastTileRows = 32;
+constexpr int64_t kTasks = 256;  // wanted at most
+
+enum Buffer { kScores, kSums, kPanels, kValueRows, kPageRows, kPageScratch, kPageQueries };
+
+// Queries [begin, end) of a row and key head, over slots [from, to).
+struct Task {
+  int64_t row;
+  int64_t head;
+  int64_t begin;
+  int64_t end;
+  int64_t from;
+  int64_t to;
+  int64_t part;  // of the parts that few query rows are split into, or -1
+};
+
+// The parts of one row and key head, in order.
+struct Joint {
+  int64_t row;
+  int64_t head;
+  int64_t begin;  // queries
+  int64_t end;
+  int64_t first_part;
+  int64_t parts;
+};
+
+class Attention {
+ public:
+  Attention(const Kernels& kernels, const AttentionForm& form, const AttentionOperands& operands,
+            const NewTokens& tokens, const TokenStore& store, float* y)
+      : kernels_(kernels),
+        pieces_(*kernels.attention),
+        form_(form),
+        operands_(operands),
+        tokens_(tokens),
+        store_(store),
+        group_(form.group()),
+        sum_stride_(PaddedRow(form.value_size)),
+        y_(y) {}
+
+  void Run(const ParallelFunction& parallel) {
+    for (int64_t row = 0; row < operands_.batch; ++row) Plan(row);
+    rows_.resize(part_rows_);
+    sums_.resize(part_rows_ * sum_stride_);
+    const int64_t count = static_cast<int64_t>(tasks_.size());
+    parallel(count, std::max<int64_t>(1, count / kTasks), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) RunTask(tasks_[i]);
+    });
+    for (const Joint& joint : joints_) Join(joint);
+  }
+
+ private:
+  // All of it depends on this row's own tokens only, so that its results do, too.
+  void Plan(int64_t row) {
+    const int64_t start = tokens_.Start(row);
+    const int64_t past = operands_.past();
+    const int64_t seq = operands_.seq;
+    const int64_t first =
+        form_.causal ? std::min(seq, std::max<int64_t>(0, start - past)) : int64_t{0};
+    ClearOutput(row, 0, start == operands_.total ? seq : first);
+    if (start == operands_.total || first == seq) return;
+    const int64_t own = std::min(seq, operands_.total - start);
+    for (int64_t head = 0; head < form_.kv_heads; ++head) {
+      if (own * group_ <= kFewQueryRows) {
+        PlanParts(row, head, first);
+      } else {
+        PlanTiles(row, head, first, own);
+      }
+    }
+  }
+
+  void PlanParts(int64_t row, int64_t head, int64_t first) {
+    const int64_t seq = operands_.seq;
+    const int64_t start = tokens_.Start(row);
+    const int64_t end = Visible(form_, operands_, start, seq - 1).end;
+    int64_t from = store_.BlockBegin(row, Visible(form_, operands_, start, first).begin);
+    Joint joint{row, head, first, seq, part_rows_, 0};
+    while (from < end) {
+      int64_t to = from;
+      while (to < end && to - from < kPartTokens) to = store_.BlockEnd(row, to, end);
+      tasks_.push_back({row, head, first, seq, from, to, part_rows_});
+      part_rows_ += (seq - first) * group_;
+      ++joint.parts;
+      from = to;
+    }
+    joints_.push_back(joint);
+  }
+
+  void PlanTiles(int64_t row, int64_t head, int64_t first, int64_t own) {
+    const int64_t even = own * group_ * form_.kv_heads / 8;
+    const int64_t rows = std::clamp(even, kLeastTileRows, kTileRows);
+    const int64_t step = std::max<int64_t>(1, rows / group_);
+    const int64_t start = tokens_.Start(row);
+    for (int64_t end = operands_.seq; end > first; end -= step) {  // longest first
+      const int64_t begin = std::max(first, end - step);
+      const int64_t from = Visible(form_, operands_, start, begin).begin;
+      const int64_t to = Visible(form_, operands_, start, end - 1).end;
+      tasks_.push_back({row, head, begin, end, store_.BlockBegin(row, from), to, -1});
+    }
+  }
+
+  void ClearOutput(int64_t row, int64_t begin, int64_t end) const {
+    const int64_t width = form_.heads * form_.value_size;
+    std::fill(y_ + (row * operands_.seq + begin) * width, y_ + (row * operands_.seq + end) * width,
+              0.0f);
+  }
+
+  void RunTask(const Task& task) {
+    const int64_t m = (task.end - task.begin) * group_;
+    if (task.part >= 0) {
+      float* const sums = sums_.data() + task.part * sum_stride_;
+      OpenRows(task, rows_.data() + task.part, sums);
+      ReadRows(task, m, rows_.data() + task.part, sums);
+      return;
+    }
+    std::vector<QueryRow> rows(m);
+    float* const sums = ThreadFloats(kSums, m * sum_stride_);
+    OpenRows(task, rows.data(), sums);
+    ReadTiles(task, m, rows.data(), sums);
+    for (int64_t i = 0; i < m; ++i) {
+      Finish(task.row, task.head, task.begin + i / group_, i % group_, &rows[i], 0,
+             sums + i * sum_stride_, 0, 1);
+    }
+  }
+
+  void OpenRows(const Task& task, QueryRow* rows, float* sums) const {
+    const int64_t start = tokens_.Start(task.row);
+    const int64_t m = (task.end - task.begin) * group_;
+    for (int64_t i = 0; i < m; ++i) {
+      const int64_t query = task.begin + i / group_;
+      const VisibleSlots seen = Visible(form_, operands_, start, query);
+      rows[i] = {-std::numeric_limits<float>::infinity(), 0, seen.begin, seen.end,
+                 Bias(task.row, task.head * group_ + i % group_, query)};
+    }
+    std::fill(sums, sums + m * sum_stride_, 0.0f);
+  }
+
+  const float* Bias(int64_t row, int64_t head, int64_t query) const {
+    if (operands_.bias == nullptr) return nullptr;
+    const int64_t b = operands_.bias_batch == 1 ? 0 : row;
+    const int64_t h = operands_.bias_heads == 1 ? 0 : head;
+    return operands_.bias +
+           ((b * operands_.bias_heads + h) * operands_.seq + query) * operands_.total;
+  }
+
+  SlotBlock Slots(int64_t row, int64_t begin, int64_t end) const {
+    const uint8_t* const valid = operands_.valid + row * operands_.total + begin;
+    const bool all = std::memchr(valid, 0, end - begin) == nullptr;
+    return {begin, end - begin, all ? nullptr : valid, form_.softcap};
+  }
+
+  // Few query rows: tokens are read where they lie.
+  void ReadRows(const Task& task, int64_t m, QueryRow* rows, float* sums) const {
+    const float* const queries = tokens_.Query(task.row, task.head, task.begin);
+    float* const scores = ThreadFloats(kScores, m * kScoreStride);
+    for (int64_t begin = task.from; begin < task.to;) {
+      const int64_t end = store_.BlockEnd(task.row, begin, task.to);
+      ReadBlock(task, begin, end, queries, m, rows, scores, sums);
+      begin = end;
+    }
+  }
+
+  void ReadBlock(const Task& task, int64_t begin, int64_t end, const float* queries, int64_t m,
+                 QueryRow* rows, float* scores, float* sums) const {
+    const int64_t d = form_.head_size;
+    const SlotBlock block = Slots(task.row, begin, end);
+    ForEachRun(task, begin, end, [&](const TokenSpan& run, int64_t at) {
+      const int64_t ahead = Distance(run.keys, run.values);
+      pieces_.scores(queries, PaddedRow(d), m, run.keys, run.count, d, scores + at, kScoreStride,
+                     ahead);
+    });
+    pieces_.absorb(rows, m, block, scores, kScoreStride, sums, sum_stride_, form_.value_size);
+    ForEachRun(task, begin, end, [&](const TokenSpan& run, int64_t at) {
+      const int64_t ahead = Distance(run.values, run.keys) +
+                            run.count * run.keys.stride * ElementBytes(run.keys.type);
+      pieces_.values(scores + at, kScoreStride, m, run.values, run.count, form_.value_size, sums,
+                     sum_stride_, ahead);
+    });
+  }
+
+  static int64_t Distance(const TokenRows& from, const TokenRows& to) {
+    return static_cast<int64_t>(reinterpret_cast<uintptr_t>(to.data) -
+                                reinterpret_cast<uintptr_t>(from.data));
+  }
+
+  // fn(run, tokens of the block before it)
+  template <class Fn>
+  void ForEachRun(const Task& task, int64_t begin, int64_t end, Fn&& fn) const {
+    for (int64_t slot = begin; slot < end;) {
+      const TokenSpan run = store_.Run(task.row, task.head, slot, end);
+      fn(run, slot - begin);
+      slot += run.count;
+    }
+  }
+
+  // Many query rows: each block is transposed and widened once for all of them.
+  void ReadTiles(const Task& task, int64_t m, QueryRow* rows, float* sums) const {
+    const int64_t d = form_.head_size;
+    const int64_t e = form_.value_size;
+    const float* const queries = tokens_.Query(task.row, task.head, task.begin);
+    float* const scores = ThreadFloats(kScores, m * kScoreStride);
+    float* const panels = ThreadFloats(kPanels, kLongestBlock * d);
+    float* const values = ThreadFloats(kValueRows, kLongestBlock * e);
+    for (int64_t begin = task.from; begin < task.to;) {
+      const int64_t end = store_.BlockEnd(task.row, begin, task.to);
+      int64_t first = 0;  // rows that see some of the block; the rest would not change
+      int64_t last = m;
+      while (first < last && rows[first].end <= begin) ++first;
+      while (first < last && rows[last - 1].begin >= end) --last;
+      const int64_t count = last - first;
+      if (count > 0) {
+        Widen(task, begin, end, panels, values);
+        pieces_.panel_scores(queries + first * PaddedRow(d), PaddedRow(d), count, panels,
+                             end - begin, d, scores, kScoreStride);
+        pieces_.absorb(rows + first, count, Slots(task.row, begin, end), scores, kScoreStride,
+                       sums + first * sum_stride_, sum_stride_, e);
+        pieces_.values(scores, kScoreStride, count, {values, Type::kFloat, e}, end - begin, e,
+                       sums + first * sum_stride_, sum_stride_, 0);
+      }
+      begin = end;
+    }
+  }
+
+  void Widen(const Task& task, int64_t begin, int64_t end, float* panels, float* values) const {
+    const int64_t e = form_.value_size;
+    ForEachRun(task, begin, end, [&](const TokenSpan& run, int64_t at) {
+      pieces_.transpose(run.keys, run.count, form_.head_size, at, panels);
+      const char* row = static_cast<const char*>(run.values.data);
+      const int64_t stride = run.values.stride * ElementBytes(run.values.type);
+      for (int64_t t = 0; t < run.count; ++t, row += stride) {
+        pieces_.widen(row, run.values.type, e, values + (at + t) * e);
+      }
+    });
+  }
+
+  void Join(const Joint& joint) const {
+    const int64_t m = (joint.end - joint.begin) * group_;
+    for (int64_t i = 0; i < m; ++i) {
+      const int64_t at = joint.first_part + i;
+      Finish(joint.row, joint.head, joint.begin + i / group_, i % group_, rows_.data() + at, m,
+             sums_.data() + at * sum_stride_, m * sum_stride_, joint.parts);
+    }
+  }
+
+  void Finish(int64_t row, int64_t head, int64_t query, int64_t g, const QueryRow* rows,
+              int64_t row_stride, const float* sums, int64_t sum_stride, int64_t count) const {
+    const int64_t h = head * group_ + g;
+    float* const out = y_ + ((row * operands_.seq + query) * form_.heads + h) * form_.value_size;
+    if (pieces_.finish(rows, row_stride, sums, sum_stride, count, form_.value_size, out)) return;
+    throw Error(
+        "the attention of row " + std::to_string(row) + ", head " + std::to_string(h) + ", token " +
+        std::to_string(query) +
+        " is not finite: its query, its bias or its part of the cache holds NaN or infinity");
+  }
+
+  const Kernels& kernels_;
+  const AttentionKernels& pieces_;
+  const AttentionForm& form_;
+  const AttentionOperands& operands_;
+  const NewTokens& tokens_;
+  const TokenStore& store_;
+  const int64_t group_;
+  const int64_t sum_stride_;
+  float* const y_;
+  std::vector<Task> tasks_;
+  std::vector<Joint> joints_;
+  std::vector<QueryRow> rows_;  // of all parts
+  std::vector<float> sums_;
+  int64_t part_rows_ = 0;
+};
+
+}  // namespace
+
+VisibleSlots Visible(const AttentionForm& form, const AttentionOperands& operands, int64_t start,
+                     int64_t i) {
+  const int64_t slot = operands.past() + i;
+  const int64_t begin = form.window > 0 ? std::max(start, slot - form.window + 1) : start;
+  return {begin, form.causal ? slot + 1 : operands.total};
+}
+
+void Attend(const Kernels& kernels, const AttentionForm& form, const AttentionOperands& operands,
+            const NewTokens& tokens, const TokenStore& store, const ParallelFunction& parallel,
+            float* y) {
+  Attention(kernels, form, operands, tokens, store, y).Run(parallel);
+}
+
+}  // namespace effc

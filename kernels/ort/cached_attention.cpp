@@ -1,0 +1,206 @@
+#include "ort/cached_attention.h"
+
+#include <string>
+
+namespace effc::ort {
+namespace {
+
+enum Operand : size_t { kQuery, kKey, kValue, kValid, kBias, kCos, kSin };
+constexpr const char* kNames[] = {"query", "key", "value", "valid", "bias", "cos", "sin"};
+
+const char* TypeName(Type type) {
+  switch (static_cast<int32_t>(type)) {
+    case kFloat:
+      return "float32";
+    case 2:
+      return "uint8";
+    case kBool:
+      return "bool";
+    case 10:
+      return "float16";
+    case 16:
+      return "bfloat16";
+    default:
+      return "another type";
+  }
+}
+
+[[noreturn]] void RefuseShape(const std::string& name, const std::vector<int64_t>& dims,
+                              const std::string& wanted) {
+  throw Error(name + " has shape " + ShapeText(dims) + ", but must be " + wanted);
+}
+
+bool Fits(const std::vector<int64_t>& dims, const std::vector<int64_t>& wanted) {
+  if (dims.size() != wanted.size()) return false;
+  for (size_t i = 0; i < dims.size(); ++i) {
+    if (wanted[i] >= 0 && dims[i] != wanted[i]) return false;
+  }
+  return true;
+}
+
+std::string WantedText(const std::vector<int64_t>& dims) {
+  std::string text = "[";
+  for (size_t i = 0; i < dims.size(); ++i) {
+    if (i > 0) text += ",";
+    text += dims[i] < 0 ? std::string("any") : std::to_string(dims[i]);
+  }
+  return text + "]";
+}
+
+}  // namespace
+
+CachedAttentionKernel::CachedAttentionKernel(OrtApi* table, const OrtKernelInfo* info)
+    : NodeKernel(table, info, kName), kernels_(nullptr) {
+  try {
+    kernels_ = &ActiveKernels();
+    const NodeAttributes attributes(api_, info);
+    form_ = ReadForm(attributes);
+    storage_ = ReadStorage(attributes, form_);
+    size_t count = 0;
+    Check(api_.KernelInfoGetInputCount(info, &count));
+    const size_t tensors = storage_->Tensors(-1).size();
+    if (count != kFirstPast + tensors) {
+      throw Error("it has " + std::to_string(count) + " inputs; this storage needs " +
+                  std::to_string(kFirstPast + tensors) + ", " + std::to_string(tensors) +
+                  " of them the cache (absent optional inputs count)");
+    }
+  } catch (const Error& error) {
+    throw Error(where_ + error.what());
+  }
+}
+
+CachedAttentionKernel::Input CachedAttentionKernel::Operand(const OrtKernelContext* context,
+                                                            size_t index, Type type) const {
+  Input input;
+  input.tensor = OptionalInput(context, index, &input.dims);
+  if (input.tensor.data == nullptr && input.dims.empty() && input.tensor.rank == 0) return input;
+  if (input.tensor.type != type) {
+    throw Error(std::string(kNames[index]) + " is " + TypeName(input.tensor.type) +
+                ", but must be " + TypeName(type));
+  }
+  return input;
+}
+
+const float* CachedAttentionKernel::Required(const OrtKernelContext* context, size_t index,
+                                             const std::vector<int64_t>& wanted) const {
+  const Input input = Operand(context, index, Type::kFloat);
+  if (!Fits(input.dims, wanted)) RefuseShape(kNames[index], input.dims, WantedText(wanted));
+  return input.tensor.as<float>();
+}
+
+AttentionOperands CachedAttentionKernel::ReadOperands(const OrtKernelContext* context) const {
+  AttentionOperands operands;
+  const Input query = Operand(context, kQuery, Type::kFloat);
+  const int64_t width = form_.heads * form_.head_size;
+  if (!Fits(query.dims, {-1, -1, width})) {
+    RefuseShape("query", query.dims, WantedText({-1, -1, width}));
+  }
+  operands.batch = query.dims[0];
+  operands.seq = query.dims[1];
+  operands.query = query.tensor.as<float>();
+  const int64_t keys = form_.kv_heads * form_.head_size;
+  const int64_t values = form_.kv_heads * form_.value_size;
+  operands.key = Required(context, kKey, {operands.batch, operands.seq, keys});
+  operands.value = Required(context, kValue, {operands.batch, operands.seq, values});
+  const Input valid = Operand(context, kValid, static_cast<Type>(kBool));
+  if (!Fits(valid.dims, {operands.batch, -1})) {
+    RefuseShape("valid", valid.dims, WantedText({operands.batch, -1}));
+  }
+  operands.total = valid.dims[1];
+  operands.valid = valid.tensor.as<uint8_t>();
+  if (operands.total < operands.seq) {
+    throw Error("valid counts " + std::to_string(operands.total) +
+                " tokens in all, fewer than the " + std::to_string(operands.seq) +
+                " new ones of query");
+  }
+  ReadBias(context, operands);
+  ReadAngles(context, operands);
+  return operands;
+}
+
+void CachedAttentionKernel::ReadBias(const OrtKernelContext* context,
+                                     AttentionOperands& operands) const {
+  const Input bias = Operand(context, kBias, Type::kFloat);
+  if (bias.dims.empty()) return;
+  const std::vector<int64_t>& dims = bias.dims;
+  if (!Fits(dims, {-1, -1, operands.seq, operands.total}) ||
+      (dims[0] != 1 && dims[0] != operands.batch) || (dims[1] != 1 && dims[1] != form_.heads)) {
+    RefuseShape("bias", dims,
+                "[1 or batch,1 or heads,seq,total] with batch " + std::to_string(operands.batch) +
+                    ", heads " + std::to_string(form_.heads) + ", seq " +
+                    std::to_string(operands.seq) + ", total " + std::to_string(operands.total));
+  }
+  operands.bias = bias.tensor.as<float>();
+  operands.bias_batch = dims[0];
+  operands.bias_heads = dims[1];
+}
+
+void CachedAttentionKernel::ReadAngles(const OrtKernelContext* context,
+                                       AttentionOperands& operands) const {
+  const Input inputs[] = {Operand(context, kCos, Type::kFloat),
+                          Operand(context, kSin, Type::kFloat)};
+  const bool rotates = form_.rotary != Rotary::kNone;
+  const int64_t half = form_.rotary_size / 2;
+  for (size_t i = 0; i < 2; ++i) {
+    const std::vector<int64_t>& dims = inputs[i].dims;
+    if (!rotates && !dims.empty()) throw Error("cos and sin are given, but rotary is 'none'");
+    if (!rotates) continue;
+    if (!Fits(dims, {-1, operands.seq, half}) || (dims[0] != 1 && dims[0] != operands.batch) ||
+        dims[0] != inputs[0].dims[0]) {
+      RefuseShape(kNames[kCos + i], dims,
+                  "[1 or batch,seq,rotary_size / 2] with batch " + std::to_string(operands.batch) +
+                      ", seq " + std::to_string(operands.seq) + ", rotary_size / 2 " +
+                      std::to_string(half) + ", cos and sin alike");
+    }
+  }
+  if (!rotates) return;
+  operands.angle_batch = inputs[0].dims[0];
+  operands.cosine = inputs[0].tensor.as<float>();
+  operands.sine = inputs[1].tensor.as<float>();
+}
+
+std::vector<CacheTensor> CachedAttentionKernel::ReadPast(const OrtKernelContext* context,
+                                                         const AttentionOperands& operands) const {
+  const std::vector<CacheTensorForm> forms = storage_->Tensors(operands.batch);
+  std::vector<CacheTensor> past(forms.size());
+  for (size_t i = 0; i < forms.size(); ++i) {
+    const Tensor tensor = NodeKernel::Input(context, kFirstPast + i, &past[i].dims);
+    const CacheTensorForm& form = forms[i];
+    if (!Fits(past[i].dims, form.dims)) {
+      RefuseShape(form.name, past[i].dims, WantedText(form.dims));
+    }
+    std::string types;
+    bool known = false;
+    for (const Type type : form.types) {
+      known = known || type == tensor.type;
+      if (!types.empty()) types += ", ";
+      types += TypeName(type);
+    }
+    if (!known) {
+      throw Error(std::string(form.name) + " is " + TypeName(tensor.type) + "; it must be one of " +
+                  types);
+    }
+    past[i].data = static_cast<char*>(const_cast<void*>(tensor.data));
+    past[i].type = tensor.type;
+  }
+  storage_->CheckPast(past, operands.past());
+  return past;
+}
+
+void CachedAttentionKernel::Compute(OrtKernelContext* context) const {
+  const AttentionOperands operands = ReadOperands(context);
+  const std::vector<CacheTensor> past = ReadPast(context, operands);
+  const std::vector<int64_t> shape = {operands.batch, operands.seq, form_.heads * form_.value_size};
+  float* const y = static_cast<float*>(Output(context, 0, shape));
+  std::vector<CacheTensor> present = past;
+  for (size_t i = 0; i < past.size(); ++i) {
+    present[i].dims = storage_->Present(i, past[i].dims, operands.total);
+    present[i].data = static_cast<char*>(Output(context, i + 1, present[i].dims));
+  }
+  const ParallelFunction parallel = [&](int64_t count, int64_t grain, const RangeFunction& fn) {
+    Parallel(context, count, grain, fn);
+  };
+  storage_->Step(*kernels_, operands, past, present, parallel, y);
+}
+
+}  // namespace effc::ort
