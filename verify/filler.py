@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -38,7 +38,7 @@ REMARKS = (
 )  # fmt: skip
 
 
-def sentences(seed: int) -> Iterator[str]:
+def sentences(seed: int | Sequence[int]) -> Iterator[str]:
     """Endless sentences without any digit; the same seed gives the same ones."""
     draw = np.random.default_rng(seed)
 

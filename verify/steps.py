@@ -12,7 +12,7 @@ from effc.runtime.session import Engine
 from effc.verify.inputs import FeedShape, Interface, make_feed
 
 CHUNK = 64
-"""Tokens of text read in one run; bounds the logits to 64 rows."""
+"""Tokens of text read in one run: later ones read earlier ones from the cache, and the logits stay few."""
 
 
 def run_at(engine: Engine, interface: Interface, shape: FeedShape, *, seed: int = 0) -> dict[str, np.ndarray]:
@@ -74,14 +74,14 @@ def token_feed(engine: Engine, ids: np.ndarray, past: int) -> dict[str, np.ndarr
     return feed
 
 
-def window_logits(engine: Engine, window: Sequence[int]) -> Iterator[np.ndarray]:
-    """Logits [chunk, vocab] for the tokens of one window, in chunks of `CHUNK`, from an empty cache."""
+def window_logits(engine: Engine, window: Sequence[int], chunk: int = CHUNK) -> Iterator[np.ndarray]:
+    """Logits [chunk, vocab] for the tokens of one window, `chunk` at a time, from an empty cache."""
     ids = np.asarray(window, np.int64)[None]
     if engine.manifest.cache is None:
         logits = engine.run(token_feed(engine, ids, 0))["logits"][0]
-        yield from (logits[start : start + CHUNK] for start in range(0, len(logits), CHUNK))
+        yield from (logits[start : start + chunk] for start in range(0, len(logits), chunk))
         return
     state: KvState = engine.new_state(1, max_length=ids.shape[1])
-    for start in range(0, ids.shape[1], CHUNK):
-        feed = token_feed(engine, ids[:, start : start + CHUNK], start)
+    for start in range(0, ids.shape[1], chunk):
+        feed = token_feed(engine, ids[:, start : start + chunk], start)
         yield state.run(feed, ["logits"])["logits"][0]

@@ -12,9 +12,10 @@ from effc.errors import ContractError, InputError, UsageError
 from effc.ir.program import Program
 from effc.runtime.session import Engine, load
 from effc.verify.budget import Budget, parse_budget
-from effc.verify.evaluation import enforce_budget, verify_engine, windows
+from effc.verify.evaluation import enforce_budget, verify_engine
 from effc.verify.inputs import FeedShape, make_feed, manifest_interface
 from effc.verify.steps import run_at, window_logits
+from effc.verify.text import windows
 
 
 def perturbed(program: Program, factor: float) -> Program:
@@ -67,6 +68,9 @@ def test_a_changed_engine_is_measured(engines: dict[str, Engine]) -> None:
     with pytest.raises(ContractError, match=r"max-rel is .*, the budget allows 0.01"):
         enforce_budget(result, Budget(max_rel=0.01))
     enforce_budget(result, parse_budget("max-rel=100,top1=0,kl=100,perplexity=100"))
+    for ratio in (101.0, None):
+        with pytest.raises(ContractError, match="perplexity is"):
+            enforce_budget({**result, "contexts": [{"ratio": ratio}]}, parse_budget("perplexity=100"))
 
 
 def test_perplexity_against_a_direct_computation(engines: dict[str, Engine]) -> None:
@@ -103,6 +107,9 @@ def test_window_logits_in_chunks(engines: dict[str, Engine]) -> None:
     ids = [number % 37 for number in range(130)]
     chunks = list(window_logits(engines["portable"], ids))
     assert [len(chunk) for chunk in chunks] == [64, 64, 2]
+    others = list(window_logits(engines["portable"], ids, 100))
+    assert [len(chunk) for chunk in others] == [100, 30]
+    np.testing.assert_allclose(np.concatenate(chunks), np.concatenate(others), atol=1e-5)
 
 
 def test_encoders_have_no_perplexity(engines: dict[str, Engine]) -> None:
@@ -127,6 +134,8 @@ def test_refusals(engines: dict[str, Engine], tmp_path: Path) -> None:
         verify_engine(engine, engines["encoder"])
     with pytest.raises(UsageError, match="at least 2"):
         verify_engine(engine, engine, context=1)
+    with pytest.raises(UsageError, match="chunk is 0"):
+        verify_engine(engine, engine, chunk=0)
     with pytest.raises(UsageError, match="longer text"):
         verify_engine(engine, engine, text="x")
     with pytest.raises(InputError, match="plain text file"):
