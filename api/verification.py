@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 
-from effc.errors import ContractError
+from effc.errors import ContractError, OutputError, UsageError
 from effc.passes.base import Contract
-from effc.runtime.bundle import Manifest
+from effc.runtime.bundle import MANIFEST, Manifest
 from effc.runtime.session import Engine, load
-from effc.verify.budget import parse_budget
+from effc.verify.budget import Budget, parse_budget
 from effc.verify.evaluation import enforce_budget, verify_engine
+from effc.verify.long_context import measure_contexts
+from effc.verify.passkey import check_passkey, measure_passkey
+from effc.verify.passkey_prompt import DEPTHS, PasskeyTask
+from effc.verify.report import write_report
+from effc.verify.steps import CHUNK
 from effc.verify.tolerance import equivalence_tolerance
 
 
@@ -23,8 +30,16 @@ def verify(
     text: str | Path | None = None,
     tokens: int = 8192,
     context: int = 512,
+    contexts: Sequence[int] = (),
+    passkey: Sequence[int] = (),
+    passkey_depths: Sequence[int] = DEPTHS,
+    passkey_samples: int = 4,
+    passkey_keys: int = 1,
+    chunk: int = CHUNK,
     threads: int | None = None,
     budget: str | None = None,
+    report: str | Path | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Compare an engine with a reference engine and judge the difference.
 
@@ -37,22 +52,50 @@ def verify(
         text: Text or a file, for perplexity; None for the topics of Python's own help.
         tokens: Most tokens of text to use.
         context: Tokens in one window.
+        contexts: Further context lengths to measure perplexity at, all over the same tokens.
+        passkey: Lengths of prompts to hide a pass key in.
+        passkey_depths: Where in the filler it is stated, percent.
+        passkey_samples: Prompts for each length and depth.
+        passkey_keys: Keys stated in a prompt, of which one is asked for; more make it harder.
+        chunk: Tokens of text read in one run; those of later runs read earlier ones from the cache.
         threads: Threads of both engines; None for the physical cores.
-        budget: Limits such as `max-rel=0.05,top1=0.98`, for any engine.
+        budget: Limits such as `max-rel=0.05,top1=0.98`, for any engine; that of perplexity holds at every context.
+        report: HTML page to write, with the content of the engine's own `report.html` and what was measured.
+        progress: Called with a line before each step, and zeros.
 
     Returns:
-        What `effc.verify.evaluation.verify_engine` measures, with `contract` (the weakest of the engine's passes),
-        `allowed` (the bound of `max_rel`, or None), `holds`, and `reason`, empty when it holds.
+        What `effc.verify.evaluation.verify_engine` measures; `contexts` of `effc.verify.long_context.measure_contexts`;
+        `passkey` of `effc.verify.passkey.measure_passkey`, None when it was not asked for; `contract` (the weakest of
+        the engine's passes), `allowed` (the bound of `max_rel`, or None), `holds`, and `reason`, empty when it holds.
 
     Raises:
-        UsageError: Wrong figures, or engines of different tasks.
+        UsageError: Wrong figures, engines of different tasks, or a report inside an engine folder.
         InputError: An engine or the text cannot be read.
+        OutputError: The report cannot be written.
     """
     limits = None if budget is None else parse_budget(budget)
+    task = PasskeyTask(passkey, passkey_depths, passkey_samples, passkey_keys) if passkey else None
+    page = None if report is None else _report_place(Path(report))
+    say = progress or (lambda stage, done, total: None)
     with load(engine, threads=threads) as ours, load(reference, threads=threads) as source:
-        result = verify_engine(ours, source, text=text, tokens=tokens, context=context)
-        contract = weakest_contract(ours.manifest)
-        allowed = None if contract == Contract.APPROXIMATE else max(_rounding(ours), _rounding(source))
+        if task is not None:
+            check_passkey(task, ours, source)
+        by_length = measure_contexts(ours, source, contexts, text=text, tokens=tokens, chunk=chunk, progress=progress)
+        say("compare outputs and perplexity", 0, 0)
+        result = verify_engine(ours, source, text=text, tokens=tokens, context=context, chunk=chunk)
+        result["contexts"] = by_length
+        result["passkey"] = (
+            None if task is None else measure_passkey(ours, source, task, chunk=chunk, progress=progress)
+        )
+        result.update(_verdict(result, ours, source, limits))
+        if page is not None:
+            write_report(asdict(ours.manifest), page, verify=result)
+    return result
+
+
+def _verdict(result: dict[str, Any], engine: Engine, reference: Engine, limits: Budget | None) -> dict[str, Any]:
+    contract = weakest_contract(engine.manifest)
+    allowed = None if contract == Contract.APPROXIMATE else max(_rounding(engine), _rounding(reference))
     reasons = []
     if allowed is not None and (result["max_rel"] is None or result["max_rel"] > allowed):
         reasons.append(
@@ -63,7 +106,16 @@ def verify(
             enforce_budget(result, limits)
         except ContractError as error:
             reasons.append(str(error))
-    return {**result, "contract": str(contract), "allowed": allowed, "holds": not reasons, "reason": "; ".join(reasons)}
+    return {"contract": str(contract), "allowed": allowed, "holds": not reasons, "reason": "; ".join(reasons)}
+
+
+def _report_place(path: Path) -> Path:
+    """The page to write, refused where it cannot be before anything is measured."""
+    if path.is_dir() or not path.parent.is_dir():
+        raise OutputError(f"{path}: cannot be written. Name a file in a folder that exists.")
+    if (path.parent / MANIFEST).is_file():
+        raise UsageError(f"{path}: lies in an engine folder, whose files are sealed by hashes. Name another place.")
+    return path
 
 
 def weakest_contract(manifest: Manifest) -> Contract:

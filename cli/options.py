@@ -53,6 +53,78 @@ def output_options(function: Command) -> Command:
     return function
 
 
+class Numbers(click.ParamType):
+    """Whole numbers separated by commas, each from `least` to `most`; they become a tuple."""
+
+    name = "numbers"
+
+    def __init__(self, least: int, most: int | None = None) -> None:
+        self.least = least
+        self.most = most
+
+    def convert(self, value: Any, parameter: click.Parameter | None, context: click.Context | None) -> tuple[int, ...]:
+        """Parse, refuse and sort out; a number that is given twice counts once."""
+        if isinstance(value, tuple):
+            return value
+        numbers: dict[int, None] = {}
+        for word in str(value).split(","):
+            number = int(word) if word.strip().isdecimal() else -1
+            if number < self.least or (self.most is not None and number > self.most):
+                span = f"of at least {self.least}" if self.most is None else f"from {self.least} to {self.most}"
+                self.fail(
+                    f"{word.strip()!r} is no whole number {span}. Separate several by commas.", parameter, context
+                )
+            numbers[number] = None
+        return tuple(numbers)
+
+
+contexts_option = click.option(
+    "--contexts",
+    type=Numbers(2),
+    metavar="N,N,…",
+    default=(),
+    help="Also measure perplexity at these context lengths, over the same tokens: `512,2048,4096`.",
+)
+
+
+def passkey_options(function: Command) -> Command:
+    """What to hide where: `--passkey`, `--passkey-depths`, `--passkey-samples`, `--passkey-keys`."""
+    options = (
+        click.option(
+            "--passkey",
+            type=Numbers(1),
+            metavar="N,N,…",
+            default=(),
+            help="Also ask for a number hidden in prompts of these lengths in tokens: `2048,4096`.",
+        ),
+        click.option(
+            "--passkey-depths",
+            type=Numbers(0, 100),
+            metavar="N,N,…",
+            default="0,25,50,75,100",
+            show_default=True,
+            help="Where it is hidden, percent of the prompt.",
+        ),
+        click.option(
+            "--passkey-samples",
+            type=click.IntRange(min=1),
+            default=4,
+            show_default=True,
+            help="Prompts for each length and depth.",
+        ),
+        click.option(
+            "--passkey-keys",
+            type=click.IntRange(1, 16),
+            default=1,
+            show_default=True,
+            help="Numbers stated in a prompt; one is asked for. More make it harder.",
+        ),
+    )
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
 def against_option(text: str, *, required: bool) -> Decorator:
     """`--against MODEL|ENGINE`.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ from effc.cli.models import engine_folder
 from effc.cli.options import (
     against_option,
     budget_option,
+    contexts_option,
     engine_argument,
     model_options,
     output_options,
+    passkey_options,
     threads_option,
 )
 from effc.cli.output import number, print_json, print_table, reporting
@@ -28,7 +31,22 @@ from effc.errors import ContractError
     "--tokens", type=click.IntRange(min=2), default=8192, show_default=True, help="Tokens of the text to use."
 )
 @click.option("--context", type=click.IntRange(min=2), default=512, show_default=True, help="Tokens per window.")
+@contexts_option
+@passkey_options
+@click.option(
+    "--chunk",
+    type=click.IntRange(min=1),
+    default=64,
+    show_default=True,
+    help="Tokens of text read in one run; later runs read earlier tokens from the cache.",
+)
 @budget_option
+@click.option(
+    "--report",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Write an HTML page: the engine's report with what was measured here.",
+)
 @threads_option
 @model_options
 @output_options
@@ -38,7 +56,14 @@ def command(
     text: Path | None,
     tokens: int,
     context: int,
+    contexts: Sequence[int],
+    passkey: Sequence[int],
+    passkey_depths: Sequence[int],
+    passkey_samples: int,
+    passkey_keys: int,
+    chunk: int,
     budget: str | None,
+    report: Path | None,
     threads: int | None,
     task: str | None,
     dtype: str | None,
@@ -48,6 +73,9 @@ def command(
 ) -> None:
     """Compare ENGINE with the model it was made from: outputs, next tokens, perplexity, many shapes.
 
+    For long contexts, --contexts measures perplexity at several lengths over one text, and --passkey asks for numbers
+    hidden at several depths of prompts of several lengths.
+
     The exit code is 1 when an engine of exact and equivalent passes differs by more than rounding, or when the
     budget is missed.
     """
@@ -55,8 +83,23 @@ def command(
         folder = engine_folder(against, reporter, task=task, dtype=dtype, twin=twin)
         from effc.verification import verify
 
-        reporter.progress("compare", 0, 0)
-        result = verify(engine, folder, text=text, tokens=tokens, context=context, threads=threads, budget=budget)
+        result = verify(
+            engine,
+            folder,
+            text=text,
+            tokens=tokens,
+            context=context,
+            contexts=contexts,
+            passkey=passkey,
+            passkey_depths=passkey_depths,
+            passkey_samples=passkey_samples,
+            passkey_keys=passkey_keys,
+            chunk=chunk,
+            threads=threads,
+            budget=budget,
+            report=report,
+            progress=reporter.progress,
+        )
     if as_json:
         print_json(result)
     else:
@@ -80,3 +123,32 @@ def _print_result(result: dict[str, Any]) -> None:
         for shape in result["shapes"]
     ]
     print_table((">batch", ">seq", ">past", ">max abs"), rows)
+    if contexts := result.get("contexts"):
+        _print_contexts(contexts)
+    if passkey := result.get("passkey"):
+        _print_passkey(passkey)
+
+
+def _print_contexts(contexts: Sequence[dict[str, Any]]) -> None:
+    rows = [
+        (str(row["context"]), str(row["tokens"]), *(number(row[name], 6) for name in ("source", "engine", "ratio")))
+        for row in contexts
+    ]
+    click.echo("\nperplexity by context length, over the same tokens")
+    print_table((">context", ">tokens", ">source", ">engine", ">ratio"), rows)
+
+
+def _print_passkey(found: dict[str, Any]) -> None:
+    for side in ("source", "engine"):
+        log_probabilities = found["log_probability"][side]
+        rows = [
+            (str(length), *(f"{_percent(share)} ({number(log)})" for share, log in zip(shares, logs, strict=True)))
+            for length, shares, logs in zip(found["lengths"], found[side], log_probabilities, strict=True)
+        ]
+        score = _percent(found["score"][side])
+        click.echo(f"\npass keys found by the {side}: {score} (in brackets: mean ln p of the right tokens)")
+        print_table((">tokens", *(f">{depth} % deep" for depth in found["depths"])), rows)
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.0f} %"

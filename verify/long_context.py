@@ -73,9 +73,9 @@ def measure_contexts(
         UsageError: A length the engines cannot take, or a text shorter than the longest.
         InputError: The text cannot be read.
     """
-    check_lengths("context", contexts, engine, reference)
     if not contexts:
         return []
+    check_lengths("context", contexts, engine, reference)
     longest, bos = max(contexts), begin_token(engine, reference)
     config = {**engine.manifest.config, **reference.manifest.config}
     ids = text_ids(text, max(tokens, longest), common_tokenizer(engine, reference), config)

@@ -39,11 +39,12 @@ def check_passkey(task: PasskeyTask, engine: Engine, reference: Engine) -> None:
     """Refuse a task the engines cannot do, before anything runs.
 
     Raises:
-        UsageError: No causal language model, no tokenizer, or a length beyond its positions.
+        UsageError: No causal language model, no tokenizer, or a length beyond its positions or too short to ask.
     """
     check_lengths("passkey", task.lengths, engine, reference)
     if not (engine.has_tokenizer or reference.has_tokenizer):
         raise UsageError(f"{engine.folder}: has no tokenizer, so it cannot be asked for a pass key.")
+    _make(task, engine, reference, min(task.lengths), 0, 0)
 
 
 def measure_passkey(
@@ -74,18 +75,13 @@ def measure_passkey(
         EngineError: An engine carries no cache.
     """
     check_passkey(task, engine, reference)
-    tokenizer = (reference if reference.has_tokenizer else engine).tokenizer
-    bos = begin_token(engine, reference)
     shape = (len(task.lengths), len(task.depths), task.samples)
     found = {side: _Grid(*(np.zeros(shape) for _ in range(3))) for side in SIDES}
     tokens = np.zeros(shape)
     for length, depth, sample in np.ndindex(shape):
         if progress is not None and sample == 0:
             progress(f"pass key in {task.lengths[length]} tokens, {task.depths[depth]} % deep", 0, 0)
-        prompt = make_prompt(
-            lambda text: tokenizer.encode(text, add_special_tokens=False),
-            bos, task, task.lengths[length], task.depths[depth], sample,
-        )  # fmt: skip
+        prompt = _make(task, engine, reference, task.lengths[length], task.depths[depth], sample)
         tokens[length, depth, sample] = len(prompt.ids) + len(prompt.answer)
         for side, one in zip(SIDES, (reference, engine), strict=True):
             found[side].put((length, depth, sample), answer(one, prompt, chunk=chunk))
@@ -102,6 +98,15 @@ def measure_passkey(
         "rank": {side: _means(found[side].rank) for side in SIDES},
         "score": {side: float(found[side].exact.mean()) for side in SIDES},
     }
+
+
+def _make(task: PasskeyTask, engine: Engine, reference: Engine, length: int, depth: int, sample: int) -> Prompt:
+    tokenizer = (reference if reference.has_tokenizer else engine).tokenizer
+
+    def encode(text: str) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=False)
+
+    return make_prompt(encode, begin_token(engine, reference), task, length, depth, sample)
 
 
 def answer(engine: Engine, prompt: Prompt, *, chunk: int = CHUNK) -> Answer:

@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -124,7 +125,12 @@ def test_optimize_passes_every_flag_on(effc, compiler, tmp_path) -> None:
         ),
         ("effc.compiler", "reference_engine", "dtype task twin"),
         ("effc.frontends", "import_model", "task dtype twin check progress"),
-        ("effc.verification", "verify", "text tokens context threads budget"),
+        (
+            "effc.verification",
+            "verify",
+            "text tokens context contexts passkey passkey_depths "
+            "passkey_samples passkey_keys chunk threads budget report progress",
+        ),
         ("effc.verify.benchmark", "bench_engine", "prompt_tokens new_tokens batch threads repeats progress"),
     ],
 )
@@ -283,8 +289,77 @@ def test_verify_builds_the_reference_of_a_model_and_takes_an_engine_as_it_is(
     assert effc("verify", "e", "--against", "model", "--json").json("verify") == measurement()
     assert effc("verify", "e", "--against", tmp_path, "--text", text, *words).code == 0
     assert [(str(ours), str(other)) for ours, other, _ in seen] == [("e", "cached"), ("e", str(tmp_path))]
-    assert seen[1][2] == {"text": text, "tokens": 9, "context": 4, "threads": 2, "budget": "top1=0.9"}
+    expected = {"text": text, "tokens": 9, "context": 4, "threads": 2, "budget": "top1=0.9", "report": None}
+    long = {"contexts": (), "passkey": (), "passkey_depths": (0, 25, 50, 75, 100), "passkey_samples": 4}
+    options = seen[1][2]
+    assert callable(options.pop("progress"))
+    assert options == {**expected, **long, "passkey_keys": 1, "chunk": 64}
     assert compiler.calls == [("model", {"dtype": None, "task": None, "twin": False})]
+
+
+LONG_CONTEXT = {
+    "contexts": [
+        {"context": 16, "source": 30.0, "engine": 33.0, "ratio": 1.1, "tokens": 90, "positions": []},
+        {"context": 32, "source": None, "engine": None, "ratio": None, "tokens": 90, "positions": []},
+    ],
+    "passkey": {
+        "lengths": [2048],
+        "depths": [0, 100],
+        "samples": 2,
+        "keys": 1,
+        "seed": 0,
+        "chunk": 64,
+        "tokens": [2040.5],
+        "source": [[1.0, 0.5]],
+        "engine": [[0.0, 0.5]],
+        "log_probability": {"source": [[-0.25, -1.5]], "engine": [[None, -1.5]]},
+        "rank": {"source": [[1.0, 2.5]], "engine": [[99.0, 2.5]]},
+        "score": {"source": 0.75, "engine": 0.25},
+    },
+}
+
+
+def test_verify_measures_long_contexts(effc, compiler, stand_in, tmp_path) -> None:
+    seen = {}
+
+    def verify(engine, reference, **options):
+        seen.update(options)
+        return measurement(**LONG_CONTEXT)
+
+    stand_in("effc.verification", verify=verify)
+    words = ["--contexts", "16, 32,16", "--passkey", "2048", "--passkey-depths", "0,100", "--passkey-samples", "2"]
+    more = ["--passkey-keys", 3, "--chunk", 7, "--report", tmp_path / "page.html"]
+    result = effc("verify", "e", "--against", "m", *words, *more, "--json")
+    assert result.json("verify")["passkey"] == LONG_CONTEXT["passkey"]
+    assert (seen["contexts"], seen["passkey"], seen["passkey_depths"]) == ((16, 32), (2048,), (0, 100))
+    assert (seen["passkey_samples"], seen["passkey_keys"], seen["chunk"]) == (2, 3, 7)
+    assert seen["report"] == tmp_path / "page.html"
+    people = effc("verify", "e", "--against", "m").out
+    for line in (
+        r"16 +90 +30\.00\d+ +33\.0\d+ +1\.10",
+        r"32 +90 +– +– +–",
+        r"2048 +100 % \(-0\.25\) +50 % \(-1\.5\d*\)",
+    ):
+        assert re.search(line, people)
+    assert "pass keys found by the engine: 25 %" in people
+    assert "0 % (–)" in people
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--contexts", "512,x"], "'x' is no whole number of at least 2"),
+        (["--contexts", "1"], "'1' is no whole number of at least 2"),
+        (["--passkey", ""], "'' is no whole number"),
+        (["--passkey", "5", "--passkey-depths", "0,101"], "'101' is no whole number from 0 to 100"),
+        (["--passkey-keys", "17"], "17"),
+        (["--chunk", "0"], "0"),
+    ],
+)
+def test_verify_refuses_wrong_figures(effc, compiler, words, message) -> None:
+    result = effc("verify", "e", "--against", "m", *words)
+    assert result.code == 2
+    assert message in result.err
 
 
 def test_verify_prints_the_figures_and_fails_when_the_contract_does_not_hold(effc, compiler, stand_in) -> None:

@@ -181,8 +181,7 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Engine]:
 @pytest.mark.parametrize("name", ["native", "portable"])
 def test_an_answer_against_one_run_of_the_whole(engines: dict[str, Engine], name: str) -> None:
     engine = engines[name]
-    encode = lambda text: engine.tokenizer.encode(text, add_special_tokens=False)  # noqa: E731
-    prompt = make_prompt(encode, BOS, PasskeyTask([401]), 401, 50, 0)
+    prompt = make_prompt(lambda text: engine.tokenizer.encode(text)[1:], BOS, PasskeyTask([401]), 401, 50, 0)
     found = answer(engine, prompt, chunk=37)
     ids = np.array([[*prompt.ids, *prompt.answer]])
     feed = {"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": np.arange(ids.shape[1])[None]}
@@ -205,6 +204,8 @@ def test_numbers_that_are_none_are_no_answer() -> None:
 
 
 def test_what_cannot_be_asked(engines: dict[str, Engine]) -> None:
+    with pytest.raises(UsageError, match=r"at least \d+ tokens here, 50 were asked for"):
+        measure_passkey(engines["native"], engines["native"], PasskeyTask([400, 50]))
     with pytest.raises(UsageError, match="has no tokenizer"):
         measure_passkey(engines["bytes"], engines["bytes"], PasskeyTask([400]))
     said: list[str] = []
