@@ -373,6 +373,27 @@ void Absorb(QueryRow* rows, int64_t m, const SlotBlock& block, float* scores, in
   }
 }
 
+// to[i] (+)= from[i] * factor
+template <class V, bool kAdd>
+EFFC_INLINE void AddScaled(const float* from, int64_t n, float factor, float* to) {
+  int64_t i = 0;
+  for (; i + V::kLanes <= n; i += V::kLanes) {
+    const auto x = V::Mul(V::Load(from + i), V::Set(factor));
+    V::Store(to + i, kAdd ? V::Add(V::Load(to + i), x) : x);
+  }
+  for (; i < n; ++i) to[i] = kAdd ? to[i] + from[i] * factor : from[i] * factor;
+}
+
+// The largest |x| as bits, which NaN and infinity exceed.
+EFFC_INLINE uint32_t LargestMagnitude(const float* x, int64_t n) {
+  uint32_t largest = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const uint32_t magnitude = std::bit_cast<uint32_t>(x[i]) & 0x7FFFFFFF;
+    largest = largest < magnitude ? magnitude : largest;
+  }
+  return largest;
+}
+
 template <class V>
 bool Finish(const QueryRow* rows, int64_t row_stride, const float* sums, int64_t sum_stride,
             int64_t count, int64_t e, float* out) {
@@ -383,20 +404,21 @@ bool Finish(const QueryRow* rows, int64_t row_stride, const float* sums, int64_t
   }
   const float base = max == -kInfinity ? 0 : max;
   float total = 0;
-  for (int64_t i = 0; i < e; ++i) out[i] = 0;
   for (int64_t p = 0; p < count; ++p) {
     const QueryRow& row = rows[p * row_stride];
-    const float factor = count == 1 ? 1 : ExpOf<V>(row.max - base);
-    total += factor * row.sum;
-    for (int64_t i = 0; i < e; ++i) out[i] += factor * sums[p * sum_stride + i];
+    total += count == 1 ? row.sum : row.sum * ExpOf<V>(row.max - base);
   }
-  if (total == 0) total = 1;
-  float check = total - total;
-  for (int64_t i = 0; i < e; ++i) {
-    out[i] /= total;
-    check += out[i] - out[i];
+  const float scale = total == 0 ? 1 : 1 / total;
+  for (int64_t p = 0; p < count; ++p) {
+    const float part = count == 1 ? 1 : ExpOf<V>(rows[p * row_stride].max - base);
+    const float* const from = sums + p * sum_stride;
+    if (p == 0) {
+      AddScaled<V, false>(from, e, part * scale, out);
+    } else {
+      AddScaled<V, true>(from, e, part * scale, out);
+    }
   }
-  return check == 0;
+  return total - total == 0 && LargestMagnitude(out, e) < 0x7F800000;
 }
 
 template <class V>
@@ -428,11 +450,7 @@ EFFC_INLINE uint16_t Bfloat16Of(float x) {
 
 template <class V>
 bool NarrowRow(const float* from, int64_t n, Type type, void* to) {
-  uint32_t largest = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    const uint32_t magnitude = std::bit_cast<uint32_t>(from[i]) & 0x7FFFFFFF;
-    largest = largest < magnitude ? magnitude : largest;
-  }
+  const uint32_t largest = LargestMagnitude(from, n);
   auto* const words = static_cast<uint16_t*>(to);
   if (type == Type::kFloat) {
     std::memcpy(to, from, n * sizeof(float));

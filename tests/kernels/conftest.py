@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -13,6 +15,8 @@ from onnx import TensorProto, helper
 
 from effc import kernels
 from effc.kernels import codec
+
+sys.path.insert(0, str(Path(__file__).parent))  # oracles and models that several tests import
 
 TYPES = {
     np.dtype(np.uint8): TensorProto.UINT8,
