@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from effc.errors import OutputError
+from effc.verify.heat_map import passkey_maps
 
 TOP_WEIGHTS = 40
 REASONS_SHOWN = 12
@@ -40,7 +41,7 @@ def write_report(
     Args:
         manifest: The content of `effc.json` as a dictionary.
         path: The file to write.
-        verify: What `verify_engine` returned, if it ran.
+        verify: What `effc.verification.verify` returned, if it ran.
         bench: What `bench_engine` returned, if it ran.
 
     Raises:
@@ -61,10 +62,12 @@ def render_report(
     """The report as HTML text; every value is escaped."""
     import jinja2
 
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, loader=jinja2.FunctionLoader(_template)
+    )
     environment.filters.update({"size": format_bytes, "number": format_number, "percent": format_percent})
-    template = environment.from_string(files("effc.verify").joinpath("report.html").read_text(encoding="utf-8"))
-    return template.render(
+    measured = verify or {}
+    return environment.get_template("report.html").render(
         manifest=manifest,
         facts=_facts(manifest),
         passes=[_pass_row(record) for record in manifest["passes"]],
@@ -72,9 +75,16 @@ def render_report(
         weights=weight_rows(manifest["passes"]),
         weight_limit=TOP_WEIGHTS,
         verify=verify,
+        contexts=measured.get("contexts"),
+        passkey=measured.get("passkey"),
+        maps=passkey_maps(measured["passkey"]) if measured.get("passkey") else [],
         bench=_bench_rows(bench) if bench else None,
         settings=dict((bench or {}).get("settings", {})),
     )
+
+
+def _template(name: str) -> str:
+    return files("effc.verify").joinpath(name).read_text(encoding="utf-8")
 
 
 def format_bytes(count: Any) -> str:

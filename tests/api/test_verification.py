@@ -10,7 +10,7 @@ import pytest
 
 import effc
 from effc import verification
-from effc.errors import UsageError
+from effc.errors import OutputError, UsageError
 from effc.passes.base import Contract
 
 
@@ -68,3 +68,22 @@ def test_a_budget_binds_every_engine(engines) -> None:
 def test_an_engine_promises_what_its_weakest_pass_does(contracts, weakest) -> None:
     manifest = SimpleNamespace(passes=[{"contract": one} for one in contracts])
     assert verification.weakest_contract(manifest) == weakest
+
+
+def test_a_report_lies_outside_the_engine(engines, tmp_path) -> None:
+    page = tmp_path / "page.html"
+    result = verification.verify(engines[1.5], engines[1.0], report=page)
+    assert result["contexts"] == []
+    assert result["passkey"] is None
+    assert "Compared with the source" in page.read_text(encoding="utf-8")
+    with pytest.raises(UsageError, match="lies in an engine folder"):
+        verification.verify(engines[1.5], engines[1.0], report=engines[1.0] / "report.html")
+    for place in (tmp_path, tmp_path / "no" / "page.html"):
+        with pytest.raises(OutputError, match="in a folder that exists"):
+            verification.verify(engines[1.5], engines[1.0], report=place)
+
+
+def test_long_contexts_are_for_models_that_generate(engines) -> None:
+    for wrong in ({"contexts": [64]}, {"passkey": [400]}):
+        with pytest.raises(UsageError, match="causal-lm engines only"):
+            verification.verify(engines[1.0], engines[1.0], **wrong)

@@ -8,6 +8,7 @@ from verify_models import encoder, write_engine
 
 from effc.errors import OutputError
 from effc.runtime.bundle import read_manifest
+from effc.verify.heat_map import passkey_maps
 from effc.verify.report import format_bytes, format_number, render_report, weight_rows, write_report
 
 RATE = {"median": 12.5, "min": 11.0, "max": 13.0}
@@ -89,6 +90,53 @@ def test_everything_measured(manifest: dict) -> None:
         assert expected in text
     assert "too <small>" not in text
     assert "prefill" not in text
+
+
+def long_contexts(engine: float | None) -> dict:
+    position = {"begin": 0, "end": 128, "tokens": 127, "source": 2.5, "engine": engine}
+    figures = {"context": 4096, "source": 12.0, "engine": engine, "ratio": 1.25, "tokens": 8190}
+    return {
+        "bitwise": False,
+        "max_abs": 1e-5,
+        "max_rel": 1e-5,
+        "top1": None,
+        "perplexity": None,
+        "shapes": [],
+        "contexts": [{**figures, "positions": [position]}],
+        "passkey": {
+            "lengths": [2048, 4096],
+            "depths": [0, 50, 100],
+            "samples": 4,
+            "keys": 1,
+            "chunk": 64,
+            "source": [[1.0, 0.5, 1.0], [1.0, 0.25, 1.0]],
+            "engine": [[1.0, 0.75, 1.0], [0.0, 0.25, 1.0]],
+            "log_probability": {"source": [[-0.25] * 3] * 2, "engine": [[-0.25, -0.125, -0.25], [engine, -0.5, -0.25]]},
+            "score": {"source": 0.79, "engine": 0.67},
+        },
+    }
+
+
+def test_long_contexts(manifest: dict) -> None:
+    text = render_report(manifest, verify=long_contexts(2.75))
+    check(text)
+    for expected in ("4096", "8190", "1.25", "0 to 127", "+0.2500", "engine: 67 % found", "+25 points", "−100 points"):
+        assert expected in text
+    assert "4096 tokens, 50 % deep: 0 %, ln p −0.250" in text
+    assert text.count("<svg") == text.count("<title id") == text.count("<desc") == 3
+    assert text.count("<rect") == 18
+    assert text.count('class="bad" fill-opacity="0.500"') == 1
+    assert text.count('class="good" fill-opacity="0.125"') == 3
+    unknown = render_report(manifest, verify=long_contexts(None))
+    check(unknown)
+    assert "4096 tokens, 0 % deep: 0 %, ln p –" in unknown
+
+
+def test_every_cell_lies_within_its_picture(manifest: dict) -> None:
+    for picture in passkey_maps(long_contexts(2.75)["passkey"]):
+        places = {(cell.x, cell.y) for cell in picture.cells}
+        assert len(places) == len(picture.columns) * len(picture.rows) == 6
+        assert all(x + 92 <= picture.width and y + 46 <= picture.height for x, y in places)
 
 
 def test_an_unchecked_pass_says_so(manifest: dict) -> None:
