@@ -6,6 +6,7 @@
 #include "cpu/bandwidth.h"
 #include "cpu/codec.h"
 #include "cpu/isa.h"
+#include "cpu/page.h"
 #include "cpu/parallel.h"
 #include "cpu/weight.h"
 #include "ort/shared_weight.h"
@@ -178,4 +179,80 @@ EFFC_EXPORT double effc_read_bandwidth(int64_t bytes, int32_t threads, int32_t r
 // Weights held by kernels of open onnxruntime sessions; tied nodes count once.
 EFFC_EXPORT int64_t effc_live_weights() {
   return Guard(int64_t{-1}, [] { return effc::ort::LiveWeights(); });
+}
+
+// Bytes of a page; negative if the spec has none.
+EFFC_EXPORT int64_t effc_page_bytes(const effc::PageSpec* spec) {
+  return Guard(int64_t{-1}, [&] { return effc::PageLayout(*spec).bytes; });
+}
+
+// Encodes `count` pages of keys [count][page][D] and values [count][page][E].
+EFFC_EXPORT int32_t effc_encode_pages(const effc::PageSpec* spec, int64_t count, const float* keys,
+                                      const float* values, const uint8_t* valid,
+                                      const float* importance, const float* query_max,
+                                      uint8_t* pages) {
+  return Guard(-1, [&] {
+    const effc::PageLayout layout(*spec);
+    const int64_t page = spec->page;
+    std::vector<const float*> key_rows(page);
+    std::vector<const float*> value_rows(page);
+    for (int64_t p = 0; p < count; ++p) {
+      for (int64_t i = 0; i < page; ++i) {
+        key_rows[i] = keys + (p * page + i) * spec->head_size;
+        value_rows[i] = values + (p * page + i) * spec->value_size;
+      }
+      const int64_t bad = effc::EncodePage(effc::ActiveKernels(), layout, key_rows.data(),
+                                           value_rows.data(), valid + p * page,
+                                           importance == nullptr ? nullptr : importance + p * page,
+                                           query_max, pages + p * layout.bytes);
+      if (bad < 0) continue;
+      throw effc::Error("token " + std::to_string(p * page + bad) +
+                        " has a key or value that is not finite");
+    }
+    return 0;
+  });
+}
+
+// Rows of `count` pages in stored order.
+EFFC_EXPORT int32_t effc_decode_pages(const effc::PageSpec* spec, int64_t count,
+                                      const uint8_t* pages, float* keys, float* values) {
+  return Guard(-1, [&] {
+    const effc::PageLayout layout(*spec);
+    for (int64_t p = 0; p < count; ++p) {
+      effc::DecodePage(effc::ActiveKernels(), layout, pages + p * layout.bytes,
+                       keys + p * spec->page * spec->head_size,
+                       values + p * spec->page * spec->value_size);
+    }
+    return 0;
+  });
+}
+
+// scores[g][count * page] of queries [g][D].
+EFFC_EXPORT int32_t effc_page_scores(const effc::PageSpec* spec, int64_t count,
+                                     const uint8_t* pages, const float* queries, int64_t g,
+                                     float* scores) {
+  return Guard(-1, [&] {
+    const effc::PageLayout layout(*spec);
+    std::vector<float> scratch(effc::PageScratchFloats(layout, g));
+    for (int64_t p = 0; p < count; ++p) {
+      effc::PageScores(effc::ActiveKernels(), layout, pages + p * layout.bytes, queries, g,
+                       scores + p * spec->page, count * spec->page, scratch.data());
+    }
+    return 0;
+  });
+}
+
+// out[g][E] grows by the values that probabilities [g][count * page] weigh.
+EFFC_EXPORT int32_t effc_page_values(const effc::PageSpec* spec, int64_t count,
+                                     const uint8_t* pages, const float* probabilities, int64_t g,
+                                     float* out) {
+  return Guard(-1, [&] {
+    const effc::PageLayout layout(*spec);
+    std::vector<float> scratch(effc::PageScratchFloats(layout, g));
+    for (int64_t p = 0; p < count; ++p) {
+      effc::PageValues(effc::ActiveKernels(), layout, pages + p * layout.bytes,
+                       probabilities + p * spec->page, count * spec->page, g, out, scratch.data());
+    }
+    return 0;
+  });
 }

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cpu/attention.h"
+#include "cpu/panel.h"
 #include "cpu/weight.h"
 
 namespace effc {
@@ -21,6 +22,7 @@ struct Kernels {
   // Rows [begin, end) widened to fp32, in natural order, `stride` floats apart.
   void (*widen)(const WeightView& weight, int64_t begin, int64_t end, float* out, int64_t stride);
   const AttentionKernels* attention;
+  const PanelKernels* panels;
 };
 
 extern const Kernels kScalarKernels;

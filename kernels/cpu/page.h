@@ -61,6 +61,9 @@ class PageLayout {
   PanelLayout values[2];
 
   bool two_classes() const { return order >= 0; }
+
+ private:
+  int64_t Reserve(int64_t size);  // the offset of a new part at the end
 };
 
 // Floats of scratch memory that PageScores and PageValues need for up to `g` queries.

@@ -296,7 +296,8 @@ struct Reader<Layout::kRank3, kType> {
 
 }  // namespace
 
-const Kernels kAvx2Kernels = {"avx2", Avx2::kLanes, Product<Avx2, Reader>, Widen<Avx2, Reader>,
-                              &kAvx2Attention};
+const Kernels kAvx2Kernels = {
+    "avx2",          Avx2::kLanes, Product<Avx2, Reader>, Widen<Avx2, Reader>,
+    &kAvx2Attention, &kAvx2Panels};
 
 }  // namespace effc

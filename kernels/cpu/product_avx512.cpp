@@ -316,7 +316,8 @@ struct Reader<Layout::kRank3, kType> {
 
 }  // namespace
 
-const Kernels kAvx512Kernels = {"avx512", Avx512::kLanes, Product<Avx512, Reader>,
-                                Widen<Avx512, Reader>, &kAvx512Attention};
+const Kernels kAvx512Kernels = {
+    "avx512",          Avx512::kLanes, Product<Avx512, Reader>, Widen<Avx512, Reader>,
+    &kAvx512Attention, &kAvx512Panels};
 
 }  // namespace effc

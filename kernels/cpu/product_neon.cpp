@@ -212,7 +212,8 @@ struct Reader<Layout::kRank3, kType> : RankReader<Layout::kRank3, kType> {};
 
 }  // namespace
 
-const Kernels kNeonKernels = {"neon", Neon::kLanes, Product<Neon, Reader>, Widen<Neon, Reader>,
-                              &kNeonAttention};
+const Kernels kNeonKernels = {
+    "neon",          Neon::kLanes, Product<Neon, Reader>, Widen<Neon, Reader>,
+    &kNeonAttention, &kNeonPanels};
 
 }  // namespace effc

@@ -114,7 +114,8 @@ struct Reader<Layout::kRaw, kType> : OneByOne<Reader<Layout::kRaw, kType>> {
 
 }  // namespace
 
-const Kernels kScalarKernels = {"scalar", Scalar::kLanes, Product<Scalar, Reader>,
-                                Widen<Scalar, Reader>, &kScalarAttention};
+const Kernels kScalarKernels = {
+    "scalar",          Scalar::kLanes, Product<Scalar, Reader>, Widen<Scalar, Reader>,
+    &kScalarAttention, &kScalarPanels};
 
 }  // namespace effc
