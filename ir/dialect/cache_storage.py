@@ -87,6 +87,10 @@ class Storage(ABC):
         """Bytes one row of one layer needs for this many tokens."""
         return sum(tensor.bytes_at(tokens) for tensor in self.tensors(sizes))
 
+    def code_bytes_at(self, sizes: HeadSizes, tokens: int) -> int:
+        """The same without parameters, padding and statistics, as papers count."""
+        return self.bytes_at(sizes, tokens)
+
 
 @dataclass(frozen=True)
 class DenseStorage(Storage):
@@ -225,6 +229,14 @@ class PageStorage(Storage):
             width = 2 * self.exact_tokens + sizes.head_size
             found.append(StateTensor("statistics", ir.DataType.FLOAT, (BATCH, heads, width)))
         return tuple(found)
+
+    def code_bytes_at(self, sizes: HeadSizes, tokens: int) -> int:
+        """The exact buffer, and the codes of the pages."""
+        exact, values, pages, *_ = self.tensors(sizes)
+        codes = round(self.stored_bits(sizes)[0] * self.page * (sizes.head_size + sizes.value_size) / 8)
+        return (
+            exact.bytes_at(tokens) + values.bytes_at(tokens) + pages.bytes_at(tokens) // self.page_bytes(sizes) * codes
+        )
 
     def page_bytes(self, sizes: HeadSizes) -> int:
         """Bytes of a page of one head."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -204,14 +205,13 @@ def cache_storage(node: ir.Node) -> Storage:
         return DenseStorage(dtype, of["ring"].as_int())
     if kind != PageStorage.kind:
         raise InputError(f"storage is {kind!r}, it must be {DenseStorage.kind} or {PageStorage.kind}")
+    integers = {
+        key: of[key].as_int() for key in ("sinks", "recent", "page", "key_group", "value_group", "salient", "window")
+    }
+    words = {key: of[key].as_string() for key in ("key_scheme", "value_scheme", "importance")}
     bits = {key: tuple(of[key].as_ints()) for key in ("key_bits", "value_bits")}
-    names = ("sinks", "recent", "page", "key_group", "value_group", "salient", "window")
-    return PageStorage(
-        dtype=dtype,
-        **{key: of[key].as_int() for key in names},
-        **{key: of[key].as_string() for key in ("key_scheme", "value_scheme", "importance")},
-        **bits,
-    )
+    options: dict[str, Any] = {**integers, **words, **bits}
+    return PageStorage(dtype=dtype, **options)
 
 
 def past_values(node: ir.Node) -> list[ir.Value]:

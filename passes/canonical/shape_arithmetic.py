@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from effc.ir.dialect import is_dialect_node
 from effc.ir.rewrite import sizes
 from effc.ir.rewrite.constants import new_constant, new_integers
 from effc.ir.rewrite.dataflow import attribute_int, consumers, is_op
@@ -56,7 +57,8 @@ class SizeSources:
         self.dims: dict[str, tuple[ir.Value, int]] = {}
         self.vectors: dict[str, ir.Value] = {}
         self.scalars: dict[str, ir.Value] = {}
-        for value in graph.inputs:
+        # The axes of a cache that an op of ours reads are capacities: they say nothing about a step.
+        for value in (value for value in graph.inputs if not any(is_dialect_node(use.node) for use in value.uses())):
             for axis, size in enumerate(shape_of(value) or ()):
                 if isinstance(size, ir.SymbolicDim) and size.value is not None:
                     self.dims.setdefault(size.value, (value, axis))

@@ -29,7 +29,14 @@ def join_sizes(program: Program) -> None:
 def _rename(graph: ir.Graph, symbol: str, replacement: ir.SymbolicDim) -> None:
     for value in _values(graph):
         if value.shape is not None and any(isinstance(size, ir.SymbolicDim) for size in value.shape):
-            value.shape = ir.Shape([sizes.substitute(sizes.normal(size), symbol, replacement) for size in value.shape])
+            value.shape = ir.Shape([_renamed(size, symbol, replacement) for size in value.shape])
+
+
+def _renamed(size: sizes.Size, symbol: str, replacement: ir.SymbolicDim) -> sizes.Size:
+    """The size with the symbol replaced; the pages of a cache keep their name, nothing is computed with them."""
+    if isinstance(size, ir.SymbolicDim) and "//" in (size.value or ""):
+        return size
+    return sizes.substitute(sizes.normal(size), symbol, replacement)
 
 
 def _values(graph: ir.Graph) -> list[ir.Value]:

@@ -1,0 +1,1 @@
+"""Passes that edit attention and its cache."""
