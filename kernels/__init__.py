@@ -18,6 +18,7 @@ __all__ = [
     "library_path",
     "live_weights",
     "load",
+    "quantized_tokens",
     "read_bandwidth",
     "select_isa",
 ]
@@ -59,6 +60,7 @@ def load() -> ctypes.CDLL:
             f"{path} has interface version {version}, this effc needs {_ABI_VERSION} — build the kernels again"
         )
     library.effc_live_weights.restype = ctypes.c_int64
+    library.effc_quantized_tokens.restype = ctypes.c_int64
     library.effc_read_bandwidth.restype = ctypes.c_double
     for name in ("effc_isa_list", "effc_isa", "effc_last_error"):
         getattr(library, name).restype = ctypes.c_char_p
@@ -104,3 +106,8 @@ def read_bandwidth(nbytes: int = 1 << 29, threads: int = 2, rounds: int = 5) -> 
 def live_weights() -> int:
     """Weights that open onnxruntime sessions hold; nodes that share initializers count once."""
     return int(load().effc_live_weights())
+
+
+def quantized_tokens() -> int:
+    """Tokens coded into pages since the library was loaded, each counted for every row and key head."""
+    return int(load().effc_quantized_tokens())

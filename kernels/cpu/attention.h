@@ -45,6 +45,7 @@ struct SlotBlock {
   int64_t begin;
   int64_t count;
   const uint8_t* valid;  // of slot `begin`, or null when all are valid
+  float scale;
   float softcap;
 };
 
@@ -66,9 +67,9 @@ struct AttentionKernels {
   // Scores have room for a multiple of kRowPadding.
   void (*absorb)(QueryRow* rows, int64_t m, const SlotBlock& block, float* scores,
                  int64_t score_stride, float* sums, int64_t sum_stride, int64_t e);
-  // Joins `count` parts of a row, `stride` apart, and writes sums / sum, or 0 for a row that saw
-  // nothing. False when the result is not finite.
-  bool (*finish)(const QueryRow* rows, int64_t row_stride, const float* sums, int64_t sum_stride,
+  // Joins `count` parts of a row, `row_stride` apart, into the state of the first, and writes
+  // sums / sum, or 0 for a row that saw nothing. False when the result is not finite.
+  bool (*finish)(QueryRow* rows, int64_t row_stride, const float* sums, int64_t sum_stride,
                  int64_t count, int64_t e, float* out);
   void (*widen)(const void* from, Type type, int64_t n, float* to);
   // Rounds to nearest, ties to even; false when a result is not finite.

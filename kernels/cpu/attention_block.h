@@ -286,13 +286,15 @@ void PanelScores(const float* queries, int64_t query_stride, int64_t m, const fl
 
 // Scores with everything but masks: finite where the inputs are, so that only a bias can hide.
 template <class V>
-EFFC_INLINE void ShapeScores(float* s, int64_t n, float softcap, const float* bias) {
+EFFC_INLINE void ShapeScores(float* s, const SlotBlock& block, const float* bias) {
   using Vec = typename V::Vec;
   constexpr int64_t kL = V::kLanes;
+  const int64_t n = block.count;
   for (int64_t t = 0; t < n; t += kL) {
-    Vec x = V::Max(V::Set(-kLargest), V::Min(V::Set(kLargest), V::Load(s + t)));
-    if (softcap > 0) {
-      x = V::Mul(V::Set(softcap), Tanh<V>(V::Div(x, V::Set(softcap))));
+    Vec x = V::Mul(V::Load(s + t), V::Set(block.scale));
+    x = V::Max(V::Set(-kLargest), V::Min(V::Set(kLargest), x));
+    if (block.softcap > 0) {
+      x = V::Mul(V::Set(block.softcap), Tanh<V>(V::Div(x, V::Set(block.softcap))));
     }
     if (bias != nullptr) {
       x = V::Add(x, t + kL <= n ? V::Load(bias + t) : V::LoadFirst(bias + t, n - t));
@@ -352,7 +354,7 @@ void Absorb(QueryRow* rows, int64_t m, const SlotBlock& block, float* scores, in
     QueryRow& row = rows[i];
     float* const s = scores + i * score_stride;
     const float* const bias = row.bias == nullptr ? nullptr : row.bias + block.begin;
-    ShapeScores<V>(s, block.count, block.softcap, bias);
+    ShapeScores<V>(s, block, bias);
     Mask<V>(s, row, block, padded);
     const float seen = MaxOf<V>(s, padded);
     const float max = row.max < seen ? seen : row.max;
@@ -395,7 +397,7 @@ EFFC_INLINE uint32_t LargestMagnitude(const float* x, int64_t n) {
 }
 
 template <class V>
-bool Finish(const QueryRow* rows, int64_t row_stride, const float* sums, int64_t sum_stride,
+bool Finish(QueryRow* rows, int64_t row_stride, const float* sums, int64_t sum_stride,
             int64_t count, int64_t e, float* out) {
   float max = -kInfinity;
   for (int64_t p = 0; p < count; ++p) {
@@ -418,6 +420,8 @@ bool Finish(const QueryRow* rows, int64_t row_stride, const float* sums, int64_t
       AddScaled<V, true>(from, e, part * scale, out);
     }
   }
+  rows[0].max = max;
+  rows[0].sum = total;
   return total - total == 0 && LargestMagnitude(out, e) < 0x7F800000;
 }
 

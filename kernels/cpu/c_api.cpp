@@ -7,6 +7,7 @@
 #include "cpu/codec.h"
 #include "cpu/isa.h"
 #include "cpu/page.h"
+#include "cpu/page_cache.h"
 #include "cpu/parallel.h"
 #include "cpu/weight.h"
 #include "ort/shared_weight.h"
@@ -180,6 +181,9 @@ EFFC_EXPORT double effc_read_bandwidth(int64_t bytes, int32_t threads, int32_t r
 EFFC_EXPORT int64_t effc_live_weights() {
   return Guard(int64_t{-1}, [] { return effc::ort::LiveWeights(); });
 }
+
+// Tokens that caches of all sessions coded into pages, each for every row and key head.
+EFFC_EXPORT int64_t effc_quantized_tokens() { return effc::QuantizedTokens(); }
 
 // Bytes of a page; negative if the spec has none.
 EFFC_EXPORT int64_t effc_page_bytes(const effc::PageSpec* spec) {

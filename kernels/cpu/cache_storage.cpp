@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "cpu/dense_cache.h"
+#include "cpu/page_cache.h"
 
 namespace effc {
 namespace {
@@ -23,13 +24,65 @@ float FiniteFloat(const Attributes& attributes, const char* name) {
               "; it must be finite");
 }
 
-Rotary ReadRotary(const Attributes& attributes) {
-  const std::string name = attributes.String("rotary");
-  if (name == "none") return Rotary::kNone;
-  if (name == "half") return Rotary::kHalf;
-  if (name == "interleaved") return Rotary::kInterleaved;
-  throw Error("attribute 'rotary' is '" + name +
-              "'; it must be one of 'none', 'half', 'interleaved'");
+template <class Value>
+struct Choice {
+  const char* name;
+  Value value;
+};
+
+template <class Value, size_t kCount>
+Value OneOf(const Attributes& attributes, const char* name,
+            const Choice<Value> (&choices)[kCount]) {
+  const std::string given = attributes.String(name);
+  std::string names;
+  for (const Choice<Value>& choice : choices) {
+    if (given == choice.name) return choice.value;
+    if (!names.empty()) names += ", ";
+    names += std::string("'") + choice.name + "'";
+  }
+  throw Error("attribute '" + std::string(name) + "' is '" + given + "'; it must be one of " +
+              names);
+}
+
+void ReadBits(const Attributes& attributes, const char* name, int32_t (&bits)[2]) {
+  const std::vector<int64_t> values = attributes.Ints(name);
+  bool fits = values.size() == 2;
+  for (const int64_t value : values) {
+    fits = fits && (value == 2 || value == 4 || value == 8 || value == 16);
+  }
+  if (!fits) {
+    throw Error("attribute '" + std::string(name) + "' must be two of 2, 4, 8, 16");
+  }
+  bits[0] = static_cast<int32_t>(values[0]);
+  bits[1] = static_cast<int32_t>(values[1]);
+}
+
+PageCacheSpec ReadPages(const Attributes& attributes, const AttentionForm& form) {
+  PageCacheSpec spec;
+  spec.sinks = Between(attributes, "sinks", 0, kLargestSize);
+  spec.recent = Between(attributes, "recent", 0, kLargestSize);
+  PageSpec& page = spec.page;
+  page.head_size = form.head_size;
+  page.value_size = form.value_size;
+  page.page = Between(attributes, "page", 1, kMaxPage);
+  page.salient = Between(attributes, "salient", 0, page.page);
+  page.key_group = Between(attributes, "key_group", 0, kLargestSize);
+  page.value_group = Between(attributes, "value_group", 0, kLargestSize);
+  page.key_scheme =
+      OneOf<KeyScheme>(attributes, "key_scheme",
+                       {{"channel", KeyScheme::kChannel}, {"balanced", KeyScheme::kBalanced}});
+  page.value_scheme =
+      OneOf<ValueScheme>(attributes, "value_scheme",
+                         {{"token", ValueScheme::kToken}, {"separable", ValueScheme::kSeparable}});
+  ReadBits(attributes, "key_bits", page.key_bits);
+  ReadBits(attributes, "value_bits", page.value_bits);
+  if (spec.two_classes()) {
+    spec.importance = OneOf<Importance>(attributes, "importance",
+                                        {{"normalised", Importance::kNormalised},
+                                         {"causal-count", Importance::kCausalCount},
+                                         {"accumulated", Importance::kAccumulated}});
+  }
+  return spec;
 }
 
 }  // namespace
@@ -49,7 +102,9 @@ AttentionForm ReadForm(const Attributes& attributes) {
   if (form.softcap < 0) throw Error("attribute 'softcap' is negative; 0 means none");
   form.causal = Between(attributes, "causal", 0, 1) != 0;
   form.window = Between(attributes, "window", 0, INT32_MAX);
-  form.rotary = ReadRotary(attributes);
+  form.rotary = OneOf<Rotary>(
+      attributes, "rotary",
+      {{"none", Rotary::kNone}, {"half", Rotary::kHalf}, {"interleaved", Rotary::kInterleaved}});
   form.rotary_size = Between(attributes, "rotary_size", 0, form.head_size);
   if ((form.rotary != Rotary::kNone) != (form.rotary_size > 0) || form.rotary_size % 2 != 0) {
     throw Error("attribute 'rotary_size' is " + std::to_string(form.rotary_size) +
@@ -68,6 +123,9 @@ std::unique_ptr<CacheStorage> ReadStorage(const Attributes& attributes, const At
                   (form.window == 0 ? " (none)" : ""));
     }
     return std::make_unique<DenseStorage>(form, ring);
+  }
+  if (storage == "pages") {
+    return std::make_unique<PageStorage>(form, ReadPages(attributes, form));
   }
   throw Error("attribute 'storage' is '" + storage + "'; it must be one of 'dense', 'pages'");
 }

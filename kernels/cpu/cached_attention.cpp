@@ -5,6 +5,8 @@
 #include <limits>
 #include <string>
 
+#include "cpu/token_store.h"
+
 namespace effc {
 namespace {
 
@@ -13,8 +15,6 @@ constexpr int64_t kPartTokens = 512;   // tokens of one task with few query rows
 constexpr int64_t kTileRows = 128;     // query rows of one task otherwise
 constexpr int64_t kLeastTileRows = 32;
 constexpr int64_t kTasks = 256;  // wanted at most
-
-enum Buffer { kScores, kSums, kPanels, kValueRows, kPageRows, kPageScratch, kPageQueries };
 
 // Queries [begin, end) of a row and key head, over slots [from, to).
 struct Task {
@@ -40,16 +40,17 @@ struct Joint {
 class Attention {
  public:
   Attention(const Kernels& kernels, const AttentionForm& form, const AttentionOperands& operands,
-            const NewTokens& tokens, const TokenStore& store, float* y)
-      : kernels_(kernels),
-        pieces_(*kernels.attention),
+            const NewTokens& tokens, const TokenStore& store, float* y, Normaliser* normalisers)
+      : pieces_(*kernels.attention),
         form_(form),
         operands_(operands),
         tokens_(tokens),
         store_(store),
+        reader_(kernels, form, store),
         group_(form.group()),
         sum_stride_(PaddedRow(form.value_size)),
-        y_(y) {}
+        y_(y),
+        normalisers_(normalisers) {}
 
   void Run(const ParallelFunction& parallel) {
     for (int64_t row = 0; row < operands_.batch; ++row) Plan(row);
@@ -143,67 +144,38 @@ class Attention {
       const int64_t query = task.begin + i / group_;
       const VisibleSlots seen = Visible(form_, operands_, start, query);
       rows[i] = {-std::numeric_limits<float>::infinity(), 0, seen.begin, seen.end,
-                 Bias(task.row, task.head * group_ + i % group_, query)};
+                 BiasRow(operands_, task.row, task.head * group_ + i % group_, query)};
     }
     std::fill(sums, sums + m * sum_stride_, 0.0f);
-  }
-
-  const float* Bias(int64_t row, int64_t head, int64_t query) const {
-    if (operands_.bias == nullptr) return nullptr;
-    const int64_t b = operands_.bias_batch == 1 ? 0 : row;
-    const int64_t h = operands_.bias_heads == 1 ? 0 : head;
-    return operands_.bias +
-           ((b * operands_.bias_heads + h) * operands_.seq + query) * operands_.total;
   }
 
   SlotBlock Slots(int64_t row, int64_t begin, int64_t end) const {
     const uint8_t* const valid = operands_.valid + row * operands_.total + begin;
     const bool all = std::memchr(valid, 0, end - begin) == nullptr;
-    return {begin, end - begin, all ? nullptr : valid, form_.softcap};
+    return {begin, end - begin, all ? nullptr : valid, form_.scale, form_.softcap};
   }
 
   // Few query rows: tokens are read where they lie.
   void ReadRows(const Task& task, int64_t m, QueryRow* rows, float* sums) const {
     const float* const queries = tokens_.Query(task.row, task.head, task.begin);
     float* const scores = ThreadFloats(kScores, m * kScoreStride);
-    for (int64_t begin = task.from; begin < task.to;) {
-      const int64_t end = store_.BlockEnd(task.row, begin, task.to);
-      ReadBlock(task, begin, end, queries, m, rows, scores, sums);
-      begin = end;
+    BlockPlace block{task.row, task.head, task.from, 0};
+    for (; block.begin < task.to; block.begin = block.end) {
+      block.end = store_.BlockEnd(task.row, block.begin, task.to);
+      const SlotBlock slots = Slots(task.row, block.begin, block.end);
+      const bool ordered = NeedsOrder(slots, rows, m);
+      reader_.Scores(block, queries, m, ordered, scores);
+      pieces_.absorb(rows, m, slots, scores, kScoreStride, sums, sum_stride_, form_.value_size);
+      reader_.Values(block, scores, m, ordered, sums);
     }
   }
 
-  void ReadBlock(const Task& task, int64_t begin, int64_t end, const float* queries, int64_t m,
-                 QueryRow* rows, float* scores, float* sums) const {
-    const int64_t d = form_.head_size;
-    const SlotBlock block = Slots(task.row, begin, end);
-    ForEachRun(task, begin, end, [&](const TokenSpan& run, int64_t at) {
-      const int64_t ahead = Distance(run.keys, run.values);
-      pieces_.scores(queries, PaddedRow(d), m, run.keys, run.count, d, scores + at, kScoreStride,
-                     ahead);
-    });
-    pieces_.absorb(rows, m, block, scores, kScoreStride, sums, sum_stride_, form_.value_size);
-    ForEachRun(task, begin, end, [&](const TokenSpan& run, int64_t at) {
-      const int64_t ahead = Distance(run.values, run.keys) +
-                            run.count * run.keys.stride * ElementBytes(run.keys.type);
-      pieces_.values(scores + at, kScoreStride, m, run.values, run.count, form_.value_size, sums,
-                     sum_stride_, ahead);
-    });
-  }
-
-  static int64_t Distance(const TokenRows& from, const TokenRows& to) {
-    return static_cast<int64_t>(reinterpret_cast<uintptr_t>(to.data) -
-                                reinterpret_cast<uintptr_t>(from.data));
-  }
-
-  // fn(run, tokens of the block before it)
-  template <class Fn>
-  void ForEachRun(const Task& task, int64_t begin, int64_t end, Fn&& fn) const {
-    for (int64_t slot = begin; slot < end;) {
-      const TokenSpan run = store_.Run(task.row, task.head, slot, end);
-      fn(run, slot - begin);
-      slot += run.count;
-    }
+  // Whether some token of the block is treated differently from the others.
+  static bool NeedsOrder(const SlotBlock& block, const QueryRow* rows, int64_t m) {
+    const int64_t end = block.begin + block.count;
+    return block.valid != nullptr || std::any_of(rows, rows + m, [&](const QueryRow& row) {
+             return row.bias != nullptr || row.begin > block.begin || row.end < end;
+           });
   }
 
   // Many query rows: each block is transposed and widened once for all of them.
@@ -214,39 +186,26 @@ class Attention {
     float* const scores = ThreadFloats(kScores, m * kScoreStride);
     float* const panels = ThreadFloats(kPanels, kLongestBlock * d);
     float* const values = ThreadFloats(kValueRows, kLongestBlock * e);
-    for (int64_t begin = task.from; begin < task.to;) {
-      const int64_t end = store_.BlockEnd(task.row, begin, task.to);
+    BlockPlace block{task.row, task.head, task.from, 0};
+    for (; block.begin < task.to; block.begin = block.end) {
+      block.end = store_.BlockEnd(task.row, block.begin, task.to);
       int64_t first = 0;  // rows that see some of the block; the rest would not change
       int64_t last = m;
-      while (first < last && rows[first].end <= begin) ++first;
-      while (first < last && rows[last - 1].begin >= end) --last;
+      while (first < last && rows[first].end <= block.begin) ++first;
+      while (first < last && rows[last - 1].begin >= block.end) --last;
       const int64_t count = last - first;
-      if (count > 0) {
-        Widen(task, begin, end, panels, values);
-        pieces_.panel_scores(queries + first * PaddedRow(d), PaddedRow(d), count, panels,
-                             end - begin, d, scores, kScoreStride);
-        pieces_.absorb(rows + first, count, Slots(task.row, begin, end), scores, kScoreStride,
-                       sums + first * sum_stride_, sum_stride_, e);
-        pieces_.values(scores, kScoreStride, count, {values, Type::kFloat, e}, end - begin, e,
-                       sums + first * sum_stride_, sum_stride_, 0);
-      }
-      begin = end;
+      if (count == 0) continue;
+      reader_.Widen(block, panels, values);
+      pieces_.panel_scores(queries + first * PaddedRow(d), PaddedRow(d), count, panels,
+                           block.end - block.begin, d, scores, kScoreStride);
+      pieces_.absorb(rows + first, count, Slots(task.row, block.begin, block.end), scores,
+                     kScoreStride, sums + first * sum_stride_, sum_stride_, e);
+      pieces_.values(scores, kScoreStride, count, {values, Type::kFloat, e},
+                     block.end - block.begin, e, sums + first * sum_stride_, sum_stride_, 0);
     }
   }
 
-  void Widen(const Task& task, int64_t begin, int64_t end, float* panels, float* values) const {
-    const int64_t e = form_.value_size;
-    ForEachRun(task, begin, end, [&](const TokenSpan& run, int64_t at) {
-      pieces_.transpose(run.keys, run.count, form_.head_size, at, panels);
-      const char* row = static_cast<const char*>(run.values.data);
-      const int64_t stride = run.values.stride * ElementBytes(run.values.type);
-      for (int64_t t = 0; t < run.count; ++t, row += stride) {
-        pieces_.widen(row, run.values.type, e, values + (at + t) * e);
-      }
-    });
-  }
-
-  void Join(const Joint& joint) const {
+  void Join(const Joint& joint) {
     const int64_t m = (joint.end - joint.begin) * group_;
     for (int64_t i = 0; i < m; ++i) {
       const int64_t at = joint.first_part + i;
@@ -255,26 +214,33 @@ class Attention {
     }
   }
 
-  void Finish(int64_t row, int64_t head, int64_t query, int64_t g, const QueryRow* rows,
+  void Finish(int64_t row, int64_t head, int64_t query, int64_t g, QueryRow* rows,
               int64_t row_stride, const float* sums, int64_t sum_stride, int64_t count) const {
     const int64_t h = head * group_ + g;
     float* const out = y_ + ((row * operands_.seq + query) * form_.heads + h) * form_.value_size;
-    if (pieces_.finish(rows, row_stride, sums, sum_stride, count, form_.value_size, out)) return;
+    const bool finite =
+        pieces_.finish(rows, row_stride, sums, sum_stride, count, form_.value_size, out);
+    if (normalisers_ != nullptr) {
+      const int64_t at = (row * form_.kv_heads + head) * operands_.seq + query;
+      normalisers_[at * group_ + g] = {rows[0].max, rows[0].sum};
+    }
+    if (finite) return;
     throw Error(
         "the attention of row " + std::to_string(row) + ", head " + std::to_string(h) + ", token " +
         std::to_string(query) +
         " is not finite: its query, its bias or its part of the cache holds NaN or infinity");
   }
 
-  const Kernels& kernels_;
   const AttentionKernels& pieces_;
   const AttentionForm& form_;
   const AttentionOperands& operands_;
   const NewTokens& tokens_;
   const TokenStore& store_;
+  const BlockReader reader_;
   const int64_t group_;
   const int64_t sum_stride_;
   float* const y_;
+  Normaliser* const normalisers_;
   std::vector<Task> tasks_;
   std::vector<Joint> joints_;
   std::vector<QueryRow> rows_;  // of all parts
@@ -293,8 +259,8 @@ VisibleSlots Visible(const AttentionForm& form, const AttentionOperands& operand
 
 void Attend(const Kernels& kernels, const AttentionForm& form, const AttentionOperands& operands,
             const NewTokens& tokens, const TokenStore& store, const ParallelFunction& parallel,
-            float* y) {
-  Attention(kernels, form, operands, tokens, store, y).Run(parallel);
+            float* y, Normaliser* normalisers) {
+  Attention(kernels, form, operands, tokens, store, y, normalisers).Run(parallel);
 }
 
 }  // namespace effc

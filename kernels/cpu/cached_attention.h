@@ -8,7 +8,6 @@
 
 #include "cpu/attention.h"
 #include "cpu/isa.h"
-#include "cpu/page.h"
 
 namespace effc {
 
@@ -49,17 +48,27 @@ struct AttentionOperands {
   int64_t past() const { return total - seq; }
 };
 
+// Bias of slot 0 for a query of a head, or null.
+inline const float* BiasRow(const AttentionOperands& operands, int64_t row, int64_t head,
+                            int64_t query) {
+  if (operands.bias == nullptr) return nullptr;
+  const int64_t b = operands.bias_batch == 1 ? 0 : row;
+  const int64_t h = operands.bias_heads == 1 ? 0 : head;
+  return operands.bias + ((b * operands.bias_heads + h) * operands.seq + query) * operands.total;
+}
+
 // fn(begin, end) on ranges of at most `grain` indices that cover [0, count), on several threads.
 using RangeFunction = std::function<void(int64_t, int64_t)>;
 using ParallelFunction = std::function<void(int64_t count, int64_t grain, const RangeFunction& fn)>;
 
-// Memory of a thread that lives as long as it; `slot` tells buffers apart.
-float* ThreadFloats(int slot, int64_t floats);
+// Memory of a thread that lives as long as it, one for each use.
+enum ThreadBuffer { kScores, kSums, kPanels, kValueRows, kPageRows, kPageScratch, kPageQueries };
+float* ThreadFloats(ThreadBuffer use, int64_t floats);
 
 // The new tokens as attention reads them, and where each row begins.
 class NewTokens {
  public:
-  // Rotates and scales queries, rotates keys. Throws Error for a key or value that is not finite.
+  // Rotates queries and keys. Throws Error for a key or value that is not finite.
   NewTokens(const AttentionForm& form, const AttentionOperands& operands,
             const ParallelFunction& parallel);
 
@@ -93,25 +102,7 @@ class NewTokens {
   std::vector<int64_t> starts_;
 };
 
-// A run of tokens in memory: rows, or one coded page.
-struct TokenSpan {
-  int64_t count;
-  TokenRows keys;
-  TokenRows values;
-  const uint8_t* page;  // null for rows
-};
-
-// Where the tokens of a step lie: the cache, then the new ones.
-class TokenStore {
- public:
-  virtual ~TokenStore() = default;
-  // The block of slots that holds `slot` begins at BlockBegin and ends, before `end`, at BlockEnd.
-  virtual int64_t BlockBegin(int64_t row, int64_t slot) const = 0;
-  virtual int64_t BlockEnd(int64_t row, int64_t begin, int64_t end) const = 0;
-  // The longest run from `slot` on that ends at `end` or before; a page is asked for as a block.
-  virtual TokenSpan Run(int64_t row, int64_t head, int64_t slot, int64_t end) const = 0;
-  virtual const PageLayout* layout() const { return nullptr; }
-};
+class TokenStore;
 
 // Slots that query i of a row may see, if they are valid.
 struct VisibleSlots {
@@ -121,9 +112,16 @@ struct VisibleSlots {
 VisibleSlots Visible(const AttentionForm& form, const AttentionOperands& operands, int64_t start,
                      int64_t i);
 
-// Computes y [B, S, H * E]. Throws Error when a result is not finite.
+// Of a query row: the maximum of its scores and the sum of exp(score - maximum).
+struct Normaliser {
+  float max;
+  float sum;
+};
+
+// Computes y [B, S, H * E], and the normalisers [B, K, S, G] unless null. Throws Error when a
+// result is not finite.
 void Attend(const Kernels& kernels, const AttentionForm& form, const AttentionOperands& operands,
             const NewTokens& tokens, const TokenStore& store, const ParallelFunction& parallel,
-            float* y);
+            float* y, Normaliser* normalisers = nullptr);
 
 }  // namespace effc

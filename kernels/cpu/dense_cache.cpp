@@ -4,6 +4,8 @@
 #include <cstring>
 #include <string>
 
+#include "cpu/token_store.h"
+
 namespace effc {
 namespace {
 

@@ -1,4 +1,4 @@
-// What happens to new tokens before attention: rotation, scale, the check of their values.
+// What happens to new tokens before attention: rotation, and the check of their values.
 #include <algorithm>
 #include <bit>
 #include <cstring>
@@ -36,9 +36,9 @@ void RefuseNotFinite(const char* what, const float* x, int64_t heads, int64_t si
 
 }  // namespace
 
-float* ThreadFloats(int slot, int64_t floats) {
-  thread_local std::vector<float> buffers[8];
-  std::vector<float>& buffer = buffers[slot];
+float* ThreadFloats(ThreadBuffer use, int64_t floats) {
+  thread_local std::vector<float> buffers[kPageQueries + 1];
+  std::vector<float>& buffer = buffers[use];
   if (static_cast<int64_t>(buffer.size()) < floats) buffer.resize(floats);
   return buffer.data();
 }
@@ -85,7 +85,6 @@ void NewTokens::PrepareToken(int64_t row, int64_t i) {
       const int64_t h = head * form_.group() + g;
       std::memcpy(q, operands_.query + (token * form_.heads + h) * d, d * sizeof(float));
       Rotate(q, row, i);
-      for (int64_t j = 0; j < d; ++j) q[j] *= form_.scale;
       std::fill(q + d, q + padded, 0.0f);
     }
   }

@@ -1,0 +1,138 @@
+#include "cpu/token_store.h"
+
+#include <algorithm>
+#include <cstring>
+
+namespace effc {
+namespace {
+
+int64_t Distance(const TokenRows& from, const TokenRows& to) {
+  return static_cast<int64_t>(reinterpret_cast<uintptr_t>(to.data) -
+                              reinterpret_cast<uintptr_t>(from.data));
+}
+
+// fn(run, tokens of the block before it)
+template <class Fn>
+void ForEachRun(const TokenStore& store, const BlockPlace& block, Fn&& fn) {
+  for (int64_t slot = block.begin; slot < block.end;) {
+    const TokenSpan run = store.Run(block.row, block.head, slot, block.end);
+    fn(run, slot - block.begin);
+    slot += run.count;
+  }
+}
+
+// Copies m rows of n floats between strides.
+void CopyRows(const float* from, int64_t from_stride, int64_t m, int64_t n, float* to,
+              int64_t to_stride) {
+  for (int64_t i = 0; i < m; ++i) {
+    std::memcpy(to + i * to_stride, from + i * from_stride, n * sizeof(float));
+  }
+}
+
+}  // namespace
+
+void BlockReader::Scores(const BlockPlace& block, const float* queries, int64_t m, bool ordered,
+                         float* scores) const {
+  const int64_t d = form_.head_size;
+  ForEachRun(store_, block, [&](const TokenSpan& run, int64_t at) {
+    if (run.page != nullptr) return ScorePage(run.page, queries, m, ordered, scores);
+    pieces_.scores(queries, PaddedRow(d), m, run.keys, run.count, d, scores + at, kScoreStride,
+                   Distance(run.keys, run.values));
+  });
+}
+
+void BlockReader::Values(const BlockPlace& block, const float* weights, int64_t m, bool ordered,
+                         float* sums) const {
+  ForEachRun(store_, block, [&](const TokenSpan& run, int64_t at) {
+    if (run.page != nullptr) return WeighPage(run.page, weights, m, ordered, sums);
+    const int64_t read = run.count * run.keys.stride * ElementBytes(run.keys.type);
+    pieces_.values(weights + at, kScoreStride, m, run.values, run.count, form_.value_size, sums,
+                   PaddedRow(form_.value_size), Distance(run.values, run.keys) + read);
+  });
+}
+
+void BlockReader::Widen(const BlockPlace& block, float* panels, float* values) const {
+  const int64_t e = form_.value_size;
+  ForEachRun(store_, block, [&](const TokenSpan& run, int64_t at) {
+    if (run.page != nullptr) return WidenPage(run.page, panels, values);
+    pieces_.transpose(run.keys, run.count, form_.head_size, at, panels);
+    const char* row = static_cast<const char*>(run.values.data);
+    const int64_t stride = run.values.stride * ElementBytes(run.values.type);
+    for (int64_t t = 0; t < run.count; ++t, row += stride) {
+      pieces_.widen(row, run.values.type, e, values + (at + t) * e);
+    }
+  });
+}
+
+void BlockReader::ScorePage(const uint8_t* page, const float* queries, int64_t m, bool ordered,
+                            float* scores) const {
+  const PageLayout& layout = *store_.layout();
+  const int64_t d = form_.head_size;
+  const float* rows = queries;
+  if (d != PaddedRow(d)) {
+    float* const packed = ThreadFloats(kPageQueries, m * d);
+    CopyRows(queries, PaddedRow(d), m, d, packed, d);
+    rows = packed;
+  }
+  float* const scratch = ThreadFloats(kPageScratch, PageScratchFloats(layout, m));
+  if (!ordered || !layout.two_classes()) {
+    return PageScores(kernels_, layout, page, rows, m, scores, kScoreStride, scratch);
+  }
+  float* const stored = ThreadFloats(kPageRows, m * kScoreStride);
+  PageScores(kernels_, layout, page, rows, m, stored, kScoreStride, scratch);
+  const uint8_t* const order = PageOrder(layout, page);
+  for (int64_t i = 0; i < m; ++i) {
+    for (int64_t t = 0; t < layout.spec.page; ++t) {
+      scores[i * kScoreStride + order[t]] = stored[i * kScoreStride + t];
+    }
+  }
+}
+
+void BlockReader::WeighPage(const uint8_t* page, const float* weights, int64_t m, bool ordered,
+                            float* sums) const {
+  const PageLayout& layout = *store_.layout();
+  const int64_t e = form_.value_size;
+  const float* rows = weights;
+  if (ordered && layout.two_classes()) {
+    float* const stored = ThreadFloats(kPageRows, m * kScoreStride);
+    const uint8_t* const order = PageOrder(layout, page);
+    for (int64_t i = 0; i < m; ++i) {
+      for (int64_t t = 0; t < layout.spec.page; ++t) {
+        stored[i * kScoreStride + t] = weights[i * kScoreStride + order[t]];
+      }
+    }
+    rows = stored;
+  }
+  float* const scratch = ThreadFloats(kPageScratch, PageScratchFloats(layout, m));
+  if (e == PaddedRow(e)) {
+    return PageValues(kernels_, layout, page, rows, kScoreStride, m, sums, scratch);
+  }
+  float* const packed = ThreadFloats(kPageQueries, m * e);
+  CopyRows(sums, PaddedRow(e), m, e, packed, e);
+  PageValues(kernels_, layout, page, rows, kScoreStride, m, packed, scratch);
+  CopyRows(packed, e, m, e, sums, PaddedRow(e));
+}
+
+void BlockReader::WidenPage(const uint8_t* page, float* panels, float* values) const {
+  const PageLayout& layout = *store_.layout();
+  const int64_t d = form_.head_size;
+  const int64_t e = form_.value_size;
+  const int64_t tokens = layout.spec.page;
+  float* const keys = ThreadFloats(kPageQueries, tokens * d);
+  if (!layout.two_classes()) {
+    DecodePage(kernels_, layout, page, keys, values);
+    return pieces_.transpose({keys, Type::kFloat, d}, tokens, d, 0, panels);
+  }
+  float* const ordered = ThreadFloats(kPageRows, tokens * std::max(d, e));
+  const uint8_t* const order = PageOrder(layout, page);
+  DecodePage(kernels_, layout, page, keys, ordered);
+  for (int64_t t = 0; t < tokens; ++t) {
+    std::memcpy(values + order[t] * e, ordered + t * e, e * sizeof(float));
+  }
+  for (int64_t t = 0; t < tokens; ++t) {
+    std::memcpy(ordered + order[t] * d, keys + t * d, d * sizeof(float));
+  }
+  pieces_.transpose({ordered, Type::kFloat, d}, tokens, d, 0, panels);
+}
+
+}  // namespace effc
