@@ -142,12 +142,16 @@ def _print_passkey(found: dict[str, Any]) -> None:
     for side in ("source", "engine"):
         log_probabilities = found["log_probability"][side]
         rows = [
-            (str(length), *(f"{_percent(share)} ({number(log)})" for share, log in zip(shares, logs, strict=True)))
+            (str(length), *(f"{_percent(share)} ({_log(log)})" for share, log in zip(shares, logs, strict=True)))
             for length, shares, logs in zip(found["lengths"], found[side], log_probabilities, strict=True)
         ]
         score = _percent(found["score"][side])
         click.echo(f"\npass keys found by the {side}: {score} (in brackets: mean ln p of the right tokens)")
         print_table((">tokens", *(f">{depth} % deep" for depth in found["depths"])), rows)
+
+
+def _log(log_probability: float | None) -> str:
+    return "–" if log_probability is None else f"{log_probability:.2f}"
 
 
 def _percent(share: float | None) -> str:

@@ -23,7 +23,7 @@ from effc.verify.streaming import DEFAULT_LIMIT, evaluate
 DEFAULT_TOKENS = 16384
 WINDOW = 512
 """Most tokens of one window."""
-HELD_BYTES = 256 << 20
+HELD_BYTES = 128 << 20
 """Bytes of observed values that are held at once, unless one window alone has more."""
 
 
@@ -64,7 +64,9 @@ class FileCalibration:
         windows = open_windows(self.path, self.interface, self.tokens, WINDOW)
         feeds = ((window.length, _feed(interface, window)) for window in windows)
         for group in _groups(model, feeds):
-            yield from ({name: outputs[name] for name in names} for outputs in group)
+            while group:
+                outputs = group.pop(0)
+                yield {name: outputs[name] for name in names}
 
 
 def open_calibration(path: Path, program: Program, *, tokens: int = DEFAULT_TOKENS) -> FileCalibration:
@@ -133,6 +135,7 @@ def _groups(
     outputs = evaluate(model, [feed], limit=DEFAULT_LIMIT)
     size = sum(array.nbytes for array in outputs[0].values())
     yield outputs
+    del outputs
     group: list[dict[str, np.ndarray]] = []
     held = 0.0
     for length, feed in remaining:
