@@ -20,6 +20,9 @@ from effc.runtime.limits import position_limit, text_config
 OTHER_SIZE = 5
 """Size of a symbolic axis with no known meaning: odd, and no other size in use."""
 
+LONGEST_RING = 1024
+"""Windows up to this many tokens are tried with a past that is longer."""
+
 PARAGRAPH = (
     "The harbour was quiet before sunrise. Two boats had come in during the night, and their crews were still "
     "asleep under the canvas. On the quay an old woman counted crates of oranges: 17, 18, 19, then a pause, because "
@@ -41,12 +44,15 @@ class FeedShape:
         seq: New tokens per row.
         past: Tokens already in the cache; 0 for models without one.
         padded: Rows have unequal lengths.
+        own_past: The past is built by running the model on the tokens before, so it has the form in which this model
+            keeps its cache; else it is random content of that form.
     """
 
     batch: int
     seq: int
     past: int = 0
     padded: bool = False
+    own_past: bool = False
 
     def __str__(self) -> str:
         return f"batch={self.batch} seq={self.seq} past={self.past}" + (" padded" if self.padded else "")
@@ -91,8 +97,23 @@ def hard_shapes(interface: Interface) -> tuple[FeedShape, ...]:
     shapes = [FeedShape(3, 7, 0, True), FeedShape(1, 67), FeedShape(1, 1)]
     if interface.cache:
         window = text_config(interface.config).get("sliding_window") or 0
-        long_past = window + 3 if 0 < window <= 1024 else 61
+        long_past = window + 3 if 0 < window <= LONGEST_RING else 61
         shapes[1:1] = [FeedShape(2, 1, 9, True), FeedShape(1, 6, long_past)]
+    limit = position_limit(interface.config)
+    return tuple(dict.fromkeys(_shortened(shape, limit) for shape in shapes))
+
+
+def cache_shapes(interface: Interface) -> tuple[FeedShape, ...]:
+    """Shapes that reach beyond what a cache of bounded size holds: past a ring, and past the first page of codes."""
+    shapes = []
+    for port in interface.inputs:
+        places = port.shape[2] if port.name in interface.cache and len(port.shape) == 4 else None
+        if not isinstance(places, int) or places > LONGEST_RING:
+            continue
+        if port.name.endswith(".exact_key"):
+            shapes += [FeedShape(2, 3, places + 5, True), FeedShape(1, 2 * places + 3)]
+        elif port.name.endswith(".key"):
+            shapes.append(FeedShape(1, 6, places + 3))
     limit = position_limit(interface.config)
     return tuple(dict.fromkeys(_shortened(shape, limit) for shape in shapes))
 
@@ -140,6 +161,27 @@ def attention_mask(interface: Interface, shape: FeedShape) -> np.ndarray:
     return mask
 
 
+def token_columns(feed: Mapping[str, np.ndarray], start: int, end: int) -> dict[str, np.ndarray]:
+    """Part of a feed without cache that holds the tokens `start` to `end`; the mask covers all up to `end`."""
+    width = feed["input_ids"].shape[1]
+    parts = {}
+    for name, array in feed.items():
+        if name == "attention_mask":
+            parts[name] = array[:, :end]
+        elif array.ndim >= 2 and array.shape[1] == width:
+            parts[name] = array[:, start:end]
+        else:
+            parts[name] = array
+    return parts
+
+
+def empty_cache(interface: Interface, batch: int) -> dict[str, np.ndarray]:
+    """The cache inputs before the first token: zeros."""
+    shape = FeedShape(batch, 0)
+    ports = [port for port in interface.inputs if port.name in interface.cache]
+    return {port.name: np.zeros(_sizes(port, shape, interface.config), _dtype(port.dtype)) for port in ports}
+
+
 def valid_positions(name: str, array: np.ndarray, shape: FeedShape, mask: np.ndarray) -> np.ndarray | None:
     """Where an output has a meaning: not at padded positions. None: everywhere.
 
@@ -167,7 +209,10 @@ _ALIASES = {
 
 
 def _size(symbol: str, shape: FeedShape, config: Mapping[str, Any]) -> int:
-    """Size of a symbol or of a sum such as `past + seq`."""
+    """Size of a symbol, of a sum such as `past + seq`, or of whole pages such as `past // 128`."""
+    if "//" in symbol:
+        tokens, _, page = symbol.partition("//")
+        return _size(tokens, shape, config) // int(page)
     known = {"batch": shape.batch, "seq": shape.seq, "past": shape.past, "total": shape.past + shape.seq}
     total = 0
     for word in symbol.replace(" ", "").split("+"):
@@ -182,9 +227,7 @@ def _size(symbol: str, shape: FeedShape, config: Mapping[str, Any]) -> int:
     return total
 
 
-def _content(
-    interface: Interface, port: Port, shape: FeedShape, mask: np.ndarray, seed: int
-) -> np.ndarray:
+def _content(interface: Interface, port: Port, shape: FeedShape, mask: np.ndarray, seed: int) -> np.ndarray:
     sizes, dtype = _sizes(port, shape, interface.config), _dtype(port.dtype)
     draw = _generator(port.name, seed)
     if port.name in interface.cache:

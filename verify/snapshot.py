@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,15 @@ import onnx_ir as ir
 from effc.errors import InputError
 from effc.ir.program import Program, Task
 from effc.runtime.bundle import Port
-from effc.verify.inputs import FeedShape, Interface, Tokenizer, attention_mask, make_feed
+from effc.verify.inputs import (
+    FeedShape,
+    Interface,
+    Tokenizer,
+    attention_mask,
+    empty_cache,
+    make_feed,
+    token_columns,
+)
 from effc.verify.streaming import DEFAULT_LIMIT, Observer, evaluate
 
 
@@ -33,6 +42,7 @@ class Snapshot:
         self.interface = program_interface(program)
         self.seed = seed
         self.limit = limit
+        self._carried = [(str(past.name), str(present.name)) for past, present in program.cache_pairs()]
         self._outputs: dict[FeedShape, dict[str, np.ndarray]] = {}
 
     def require(self, shapes: Iterable[FeedShape]) -> None:
@@ -58,8 +68,36 @@ class Snapshot:
         """Show every inner value at one shape to the observer."""
         evaluate(self.model, self._feeds([shape]), limit=self.limit, observe=observer)
 
-    def _feeds(self, shapes: Iterable[FeedShape]) -> list[dict[str, np.ndarray]]:
-        return [make_feed(self.interface, shape, seed=self.seed) for shape in shapes]
+    def _feeds(self, shapes: Sequence[FeedShape]) -> list[dict[str, np.ndarray]]:
+        grown = {shape for shape in shapes if shape.own_past and shape.past}
+        built = self._own_pasts([shape for shape in shapes if shape in grown])
+        return [
+            built.pop(0) if shape in grown else make_feed(self.interface, shape, seed=self.seed) for shape in shapes
+        ]
+
+    def _own_pasts(self, shapes: Sequence[FeedShape]) -> list[dict[str, np.ndarray]]:
+        """Feeds whose cache is what the graph itself made of the tokens before."""
+        if not shapes:
+            return []
+        wholes = [self._tokens(shape) for shape in shapes]
+        firsts = [
+            {**token_columns(whole, 0, shape.past), **empty_cache(self.interface, shape.batch)}
+            for whole, shape in zip(wholes, shapes, strict=True)
+        ]
+        outputs = evaluate(self.model, firsts, limit=self.limit)
+        return [
+            {
+                **token_columns(whole, shape.past, shape.past + shape.seq),
+                **{past: output[present] for past, present in self._carried},
+            }
+            for whole, shape, output in zip(wholes, shapes, outputs, strict=True)
+        ]
+
+    def _tokens(self, shape: FeedShape) -> dict[str, np.ndarray]:
+        """The inputs that are not cache for past and new tokens together."""
+        whole = replace(shape, seq=shape.past + shape.seq, past=0)
+        feed = make_feed(self.interface, whole, seed=self.seed)
+        return {name: array for name, array in feed.items() if name not in self.interface.cache}
 
 
 def _copy(model: ir.Model) -> ir.Model:

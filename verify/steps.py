@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from effc.errors import InputError
 from effc.runtime.kv_state import KvState
 from effc.runtime.session import Engine
-from effc.verify.inputs import FeedShape, Interface, make_feed
+from effc.verify.inputs import FeedShape, Interface, make_feed, token_columns
 
 CHUNK = 64
 """Tokens of text read in one run: later ones read earlier ones from the cache, and the logits stay few."""
@@ -32,22 +32,8 @@ def run_at(engine: Engine, interface: Interface, shape: FeedShape, *, seed: int 
     names = [port.name for port in engine.manifest.outputs]
     state = engine.new_state(shape.batch, max_length=shape.past + shape.seq)
     if shape.past:
-        state.run(_columns(whole, 0, shape.past), [])
-    return state.run(_columns(whole, shape.past, shape.past + shape.seq), names)
-
-
-def _columns(feed: Mapping[str, np.ndarray], start: int, end: int) -> dict[str, np.ndarray]:
-    """Part of a feed that holds the tokens `start` to `end`; the mask covers all up to `end`."""
-    width = feed["input_ids"].shape[1]
-    parts = {}
-    for name, array in feed.items():
-        if name == "attention_mask":
-            parts[name] = array[:, :end]
-        elif array.ndim >= 2 and array.shape[1] == width:
-            parts[name] = array[:, start:end]
-        else:
-            parts[name] = array
-    return parts
+        state.run(token_columns(whole, 0, shape.past), [])
+    return state.run(token_columns(whole, shape.past, shape.past + shape.seq), names)
 
 
 def token_feed(engine: Engine, ids: np.ndarray, past: int) -> dict[str, np.ndarray]:
