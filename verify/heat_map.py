@@ -108,7 +108,9 @@ def _share(share: float | None, signed: bool) -> str:
 
 
 def _log(log: float | None, signed: bool) -> str:
-    return "–" if log is None else _minus(f"{log:+.3f}" if signed else f"{log:.3f}")
+    if log is None:
+        return "–"
+    return _minus(f"{log:+.3f}" if signed and round(log, 3) else f"{abs(log) if signed else log:.3f}")
 
 
 def _minus(text: str) -> str:

@@ -13,6 +13,7 @@ from tiny_tokenizer import BOS, with_tokenizer
 from verify_models import causal_lm, encoder, write_engine
 from verify_schemas import schema
 
+from effc import verification
 from effc.errors import UsageError
 from effc.runtime.session import Engine, load
 from effc.verify.long_context import measure_contexts
@@ -107,3 +108,31 @@ def test_positions_have_an_end(engines: dict[str, Engine], tmp_path: Path) -> No
         assert measure_contexts(*pair, [96], text=TEXT)[0]["tokens"] > 0
         with pytest.raises(UsageError, match="context 97: the model has positions for 96"):
             measure_contexts(*pair, [97], text=TEXT)
+
+
+def test_all_of_it_in_one_object_and_on_one_page(engines: dict[str, Engine], tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    said: list[str] = []
+    result = verification.verify(
+        engines["native"].folder,
+        engines["portable"].folder,
+        text=TEXT,
+        tokens=60,
+        context=30,
+        contexts=[50, 20],
+        passkey=[450],
+        passkey_depths=[0, 100],
+        passkey_samples=1,
+        passkey_keys=2,
+        chunk=16,
+        budget="perplexity=1.001",
+        report=page,
+        progress=lambda stage, done, total: said.append(stage),
+    )
+    jsonschema.validate(result, schema("verify"))
+    assert result["holds"]
+    assert [figure["ratio"] for figure in result["contexts"]] == pytest.approx([1, 1], abs=1e-5)
+    assert result["passkey"]["chunk"] == 16
+    assert result["passkey"]["engine"] == result["passkey"]["source"]
+    assert len(said) == 2 + 1 + 2
+    assert page.read_text(encoding="utf-8").count("<svg") == 3

@@ -127,6 +127,8 @@ def test_long_contexts(manifest: dict) -> None:
     assert text.count("<rect") == 18
     assert text.count('class="bad" fill-opacity="0.500"') == 1
     assert text.count('class="good" fill-opacity="0.125"') == 3
+    assert "2048 tokens, 0 % deep: 0 %, ln p 0.000" in text
+    assert "2048 tokens, 50 % deep: +25 points, ln p +0.125" in text
     unknown = render_report(manifest, verify=long_contexts(None))
     check(unknown)
     assert "4096 tokens, 0 % deep: 0 %, ln p –" in unknown
