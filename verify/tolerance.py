@@ -17,6 +17,7 @@ CONTRACTIONS = {
     ("", "Attention"): 2,
     ("com.microsoft", "GroupQueryAttention"): 2,
     ("com.microsoft", "MultiHeadAttention"): 2,
+    ("effc", "CachedAttention"): 2,
     ("effc", "CodedMatMul"): 1,
 }
 """Ops that sum products over an axis, and how many such sums in a row they hold."""

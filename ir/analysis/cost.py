@@ -164,9 +164,21 @@ def _attention(node: ir.Node, sizes: Mapping[str, int]) -> int:
     return batch * heads * queries * keys * (2 * size + 5 + 2 * value_size)
 
 
+def _cached_attention(node: ir.Node, sizes: Mapping[str, int]) -> int:
+    query, valid = node.inputs[0], node.inputs[3]
+    if query is None or valid is None or query.shape is None or valid.shape is None:
+        return 0
+    batch, queries = (evaluate(normal(one), sizes) for one in list(query.shape)[:2])
+    keys = evaluate(normal(valid.shape[1]), sizes)
+    window = attribute_int(node, "window", 0)
+    heads, size, value_size = (attribute_int(node, name, 0) for name in ("heads", "head_size", "value_size"))
+    return batch * heads * queries * min(keys, window or keys) * (2 * size + 5 + 2 * value_size)
+
+
 _FLOPS: dict[str, Callable[[ir.Node, Mapping[str, int]], int]] = {
     "MatMul": _matmul,
     "Gemm": _matmul,
     "CodedMatMul": _matmul,
     "Attention": _attention,
+    "CachedAttention": _cached_attention,
 }

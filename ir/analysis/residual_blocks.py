@@ -108,6 +108,6 @@ def _between(view: nx.DiGraph, entry: ir.Value, add: ir.Node, order: dict[ir.Nod
 
 def _kind(nodes: tuple[ir.Node, ...]) -> str:
     types = {node.op_type for node in nodes}
-    if types & {"Attention", "GroupQueryAttention", "MultiHeadAttention", "Softmax"}:
+    if types & {"Attention", "CachedAttention", "GroupQueryAttention", "MultiHeadAttention", "Softmax"}:
         return "attention"
     return "feed-forward" if types & {"MatMul", "Gemm", "CodedMatMul"} else "other"

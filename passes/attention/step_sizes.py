@@ -13,6 +13,8 @@ from effc.ir.rewrite.edit import insert_value, replace
 class StepSizes:
     """`batch`, `seq`, `total` and `past = total - seq` as int64[1], computed at the top of the graph.
 
+    `everyone` is boolean `[batch, total]`, all true. What nothing reads in the end is dead.
+
     Args:
         graph: Gets the nodes.
         input_ids: `[batch, seq]`.
@@ -26,17 +28,8 @@ class StepSizes:
         self.seq = insert_value(first, "Shape", [input_ids], {"start": 1, "end": 2})
         self.total = insert_value(first, "Shape", [attention_mask], {"start": 1, "end": 2})
         self.past = insert_value(first, "Sub", [self.total, self.seq])
-        self._first = first
-        self._everyone: ir.Value | None = None
-
-    @property
-    def everyone(self) -> ir.Value:
-        """Boolean `[batch, total]`, all true."""
-        if self._everyone is None:
-            shape = insert_value(self._first, "Concat", [self.batch, self.total], {"axis": 0})
-            true = new_constant(self.graph, np.array(True))
-            self._everyone = insert_value(self._first, "Expand", [true, shape])
-        return self._everyone
+        shape = insert_value(first, "Concat", [self.batch, self.total], {"axis": 0})
+        self.everyone = insert_value(first, "Expand", [new_constant(graph, np.array(True)), shape])
 
     def replace_shapes_of(self, tensor: ir.Value) -> None:
         """Let nothing ask a cache tensor `[batch, heads, length, size]` for its sizes."""

@@ -1,0 +1,239 @@
+"""The pass `kv-cache`: options, choice of layers, the graph's new cache, and numbers step by step through the kernels."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+
+from effc import kernels
+from effc.errors import UsageError
+from effc.ir.analysis.cached_attention import cached_attention_sites
+from effc.ir.dialect.cache_storage import DenseStorage, HeadSizes, PageStorage
+from effc.ir.dialect.cached_attention import AttentionForm, cached_attention
+from effc.ir.program import Program, Source, Task
+from effc.passes.attention.cache_schemes import SCHEMES
+from effc.passes.attention.kv_cache import KvCache
+from effc.passes.pipeline_text import format_pipeline, parse_pipeline
+
+HEADS, KV_HEADS, SIZE = 4, 2, 32
+
+
+def decoder(
+    layers: int = 1, *, size: int = SIZE, windows: tuple[int, ...] = (), bias: bool = False, ring: bool = True
+) -> Program:
+    """Attention layers side by side, raised, over inputs q, k, v."""
+
+    def value(name: str, dtype: ir.DataType, *shape: int | str) -> ir.Value:
+        return ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
+
+    float32 = ir.DataType.FLOAT
+    operands = [
+        value("q", float32, "batch", "seq", HEADS * size),
+        value("k", float32, "batch", "seq", KV_HEADS * size),
+        value("v", float32, "batch", "seq", KV_HEADS * size),
+        value("valid", ir.DataType.BOOL, "batch", "total"),
+    ]
+    mask = value("bias", float32, 1, 1, "seq", "total") if bias else None
+    inputs, nodes, outputs = [*operands, *([mask] if mask else [])], [], []
+    for layer in range(layers):
+        window = windows[layer] if layer < len(windows) else 0
+        length = window if window and ring else "past"
+        past = [
+            value(f"past_key_values.{layer}.{kind}", float32, "batch", KV_HEADS, length, size)
+            for kind in ("key", "value")
+        ]
+        form = AttentionForm(HEADS, KV_HEADS, size, size, size**-0.5, window=window)
+        storage = DenseStorage(float32, window if ring else 0)
+        node = cached_attention(operands, past, form, storage, bias=mask, name=f"layers.{layer}.attention")
+        for output, name in zip(node.outputs, (f"y{layer}", f"present.{layer}.key", f"present.{layer}.value")):
+            output.name = name
+        inputs += past
+        nodes.append(node)
+        outputs += node.outputs
+    graph = ir.Graph(inputs, outputs, nodes=nodes, opset_imports={"": 24, "effc": 1}, name="decoder")
+    return Program(ir.Model(graph, ir_version=11), Task.CAUSAL_LM, Source("memory", "decoder"))
+
+
+def changed(program: Program, options: KvCache) -> Program:
+    result = program.clone()
+    options.apply(result, options.match(result).sites)
+    return result
+
+
+def storages(program: Program) -> list[object]:
+    return [site.storage for site in cached_attention_sites(program.graph)]
+
+
+def test_the_cache_of_the_graph_takes_its_new_form() -> None:
+    result = changed(decoder(2), KvCache("int4"))
+    tensors = ("exact_key", "exact_value", "pages")
+    assert [value.name for value in result.graph.inputs][4:] == [
+        f"past_key_values.{layer}.{name}" for layer in (0, 1) for name in tensors
+    ]
+    assert [value.name for value in result.graph.outputs] == [
+        *(f"{name}" for name in ("y0", *(f"present.0.{tensor}" for tensor in tensors))),
+        *(f"{name}" for name in ("y1", *(f"present.1.{tensor}" for tensor in tensors))),
+    ]
+    pages, present = result.cache_pairs()[2]
+    assert pages.dtype == present.dtype == ir.DataType.UINT8
+    assert (str(pages.shape[2]), str(present.shape[2])) == ("past // 128", "total // 128")
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4", "kivi", "zipcache", "mikv"])
+def test_every_scheme_is_a_storage_of_the_op(scheme: str) -> None:
+    (storage,) = storages(changed(decoder(), KvCache(scheme)))  # type: ignore[arg-type]
+    assert isinstance(storage, PageStorage)
+    assert storage.has_statistics == (scheme in ("zipcache", "mikv"))
+    assert parse_pipeline(format_pipeline([KvCache(scheme)])) == (KvCache(scheme),)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        KvCache("zipcache", bits=16, low_bits=16),
+        KvCache("zipcache", bits=16, ratio=1.0),
+        KvCache("mikv", bits=16, low_bits=16),
+        KvCache("dense"),
+    ],
+    ids=str,
+)
+def test_sixteen_bits_for_every_token_are_the_dense_cache(options: KvCache) -> None:
+    assert storages(changed(decoder(), options)) == [DenseStorage(ir.DataType.BFLOAT16)]
+
+
+def test_layers_are_chosen() -> None:
+    options = KvCache("int8", first=1, last=1, skip=("*.2",))
+    match = options.match(decoder(5, windows=(0, 0, 0, 0, 0)))
+    assert [site.name for site in match.sites] == ["attention layers.1", "attention layers.3"]
+    assert {item.site: item.reason for item in match.left} == {
+        "attention layers.0": "skipped by the options `first` and `last`",
+        "attention layers.2": "skipped by the option `skip`",
+        "attention layers.4": "skipped by the options `first` and `last`",
+    }
+
+
+def test_layers_with_a_window() -> None:
+    program = decoder(2, windows=(24, 0))
+    ring, pages = storages(changed(program, KvCache("int4")))
+    assert ring == DenseStorage(ir.DataType.BFLOAT16, 24)
+    assert isinstance(pages, PageStorage)
+    both = storages(changed(program, KvCache("int4", window_layers="quantize")))
+    assert [getattr(storage, "window", None) for storage in both] == [24, 0]
+    kept = KvCache("int4", dtype="float32").match(program)
+    assert [item.reason for item in kept.left] == ["its cache is float32 already; its window of 24 tokens bounds it"]
+
+
+@pytest.mark.parametrize(
+    ("program", "reason"),
+    [
+        (decoder(size=20), "its heads have 20 and 20 elements, pages take multiples of 16"),
+        (
+            decoder(bias=True),
+            "its mask is only known as numbers added to the scores, so padding cannot be told from tokens",
+        ),
+        (changed(decoder(), KvCache("int4")), "its cache has storage=pages already"),
+    ],
+)
+def test_reasons(program: Program, reason: str) -> None:
+    match = KvCache("int8").match(program)
+    assert not match.sites
+    assert [item.reason for item in match.left] == [reason]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("kv-cache{scheme=int5}", "takes one of"),
+        ("kv-cache{scheme=int8,ratio=0.5}", "scheme=int8 has no ratio"),
+        ("kv-cache{scheme=int8,bits=4}", "scheme=int8 has no bits"),
+        ("kv-cache{scheme=kivi,bits=8}", "scheme=kivi has 2 or 4"),
+        ("kv-cache{scheme=zipcache,ratio=0.0}", "above 0"),
+        ("kv-cache{scheme=zipcache,low-bits=3}", "2, 4, 8 or 16"),
+        ("kv-cache{page=100}", "multiple of 16"),
+        ("kv-cache{page=512}", "from 16 to 256"),
+        ("kv-cache{sinks=-1}", "from 0 to 1024"),
+        ("kv-cache{scheme=dense,page=64}", "scheme=dense has no page"),
+    ],
+)
+def test_wrong_options(text: str, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        parse_pipeline(text)
+
+
+SMALLER = {"int8": 1.85, "int4": 3.3, "zipcache": 4.1, "kivi": 4.8}
+
+
+@pytest.mark.parametrize(("scheme", "least"), SMALLER.items())
+def test_bytes_of_a_cache_of_8192_tokens(scheme: str, least: float) -> None:
+    """Heads of 256: parameters, the exact buffer and statistics are counted."""
+    options = KvCache(scheme, bits=2 if scheme == "kivi" else None)  # type: ignore[arg-type]
+    report = options.apply(program := decoder(size=256), options.match(program).sites)
+    (figures,) = report.details["cache"]
+    assert figures["dense_bytes"] / figures["bytes"] >= least
+    assert figures["bytes_of_codes"] < figures["bytes"]
+
+
+def test_bytes_are_those_of_the_tensors() -> None:
+    storage = SCHEMES["int4"].storage(ir.DataType.BFLOAT16, 0)
+    assert isinstance(storage, PageStorage)
+    sizes = HeadSizes(2, 64, 64)
+    exact = 2 * 2 * (4 + 32 + 128) * 64 * 2
+    assert storage.bytes_at(sizes, 0) == storage.bytes_at(sizes, 4 + 32 + 127) == exact
+    assert storage.bytes_at(sizes, 4 + 32 + 2 * 128) == exact + 2 * 2 * storage.page_bytes(sizes)
+
+
+def run_steps(program: Program, steps: list[int], seed: int = 5) -> np.ndarray:
+    """y of all steps, the cache carried on; two rows, the second with 7 tokens of padding."""
+    options = ort.SessionOptions()
+    options.register_custom_ops_library(str(kernels.library_path()))
+    options.log_severity_level = 4
+    session = ort.InferenceSession(ir.to_proto(program.model).SerializeToString(), options)
+    draw = np.random.default_rng(seed)
+    sizes = {"batch": 2, "past": 0}
+    cache = {}
+    for past, _ in program.cache_pairs():
+        shape = [axis if isinstance(axis, int) else sizes.get(str(axis), 0) for axis in past.shape]
+        assert past.dtype is not None
+        cache[str(past.name)] = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(
+            np.zeros(shape, np.uint16 if past.dtype == ir.DataType.BFLOAT16 else past.dtype.numpy()), int(past.dtype)
+        )
+    names = [str(value.name) for value in program.graph.outputs]
+    pairs = {str(present.name): str(past.name) for past, present in program.cache_pairs()}
+    results, done = [], 0
+    for count in steps:
+        valid = np.ones((2, done + count), bool)
+        valid[1, :7] = False
+        feeds = {"valid": valid}
+        for name, heads in (("q", HEADS), ("k", KV_HEADS), ("v", KV_HEADS)):
+            feeds[name] = draw.standard_normal((2, count, heads * SIZE)).astype(np.float32)
+        values = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in feeds.items()}
+        outputs = dict(zip(names, session.run_with_ort_values(names, {**values, **cache})))
+        results.append(outputs["y0"].numpy())
+        cache = {past: outputs[present] for present, past in pairs.items()}
+        done += count
+    return np.concatenate(results, axis=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "tolerance"),
+    [
+        (KvCache("dense"), 0.004),
+        (KvCache("int8"), 0.02),
+        (KvCache("int8", window_layers="quantize"), 0.02),
+        (KvCache("int4"), 0.2),
+        (KvCache("kivi"), 0.2),
+        (KvCache("zipcache"), 0.5),
+        (KvCache("mikv"), 0.5),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("window", [0, 150])
+def test_close_to_the_dense_cache(options: KvCache, tolerance: float, window: int) -> None:
+    """Relative to the root mean square of the outputs; random keys see every error, trained ones few."""
+    program = decoder(windows=(window,))
+    steps = [64] * 5 + [1] * 30
+    expected, found = run_steps(program, steps), run_steps(changed(program, options), steps)
+    error = np.sqrt(np.mean((expected - found) ** 2)) / np.sqrt(np.mean(expected**2))
+    assert 0 < error < tolerance
