@@ -230,13 +230,21 @@ class PageStorage(Storage):
             found.append(StateTensor("statistics", ir.DataType.FLOAT, (BATCH, heads, width)))
         return tuple(found)
 
+    def pages_at(self, tokens: int) -> int:
+        """Full pages of a row of this many tokens."""
+        full = max(0, (tokens - self.sinks - self.recent) // self.page)
+        return min(full, self.window // self.page + 2) if self.window else full
+
+    def bytes_at(self, sizes: HeadSizes, tokens: int) -> int:
+        """The whole exact buffer, the statistics, and the pages that are full."""
+        fixed = sum(tensor.bytes_at(tokens) for tensor in self.tensors(sizes) if tensor.name != "pages")
+        return fixed + self.pages_at(tokens) * sizes.kv_heads * self.page_bytes(sizes)
+
     def code_bytes_at(self, sizes: HeadSizes, tokens: int) -> int:
         """The exact buffer, and the codes of the pages."""
-        exact, values, pages, *_ = self.tensors(sizes)
+        exact, values, *_ = self.tensors(sizes)
         codes = round(self.stored_bits(sizes)[0] * self.page * (sizes.head_size + sizes.value_size) / 8)
-        return (
-            exact.bytes_at(tokens) + values.bytes_at(tokens) + pages.bytes_at(tokens) // self.page_bytes(sizes) * codes
-        )
+        return exact.bytes_at(tokens) + values.bytes_at(tokens) + self.pages_at(tokens) * sizes.kv_heads * codes
 
     def page_bytes(self, sizes: HeadSizes) -> int:
         """Bytes of a page of one head."""

@@ -1,4 +1,4 @@
-"""The pass `kv-cache`: options, choice of layers, the graph's new cache, and numbers step by step through the kernels."""
+"""The pass `kv-cache`: options, choice of layers, the new cache of the graph, numbers through the kernels."""
 
 from __future__ import annotations
 

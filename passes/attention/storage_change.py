@@ -1,0 +1,71 @@
+"""Give a `CachedAttention` another storage: a new node, new inputs and outputs of the graph for its cache."""
+
+from __future__ import annotations
+
+from collections.abc import MutableSequence, Sequence
+
+import onnx_ir as ir
+
+from effc.ir.analysis.cached_attention import CachedAttentionSite
+from effc.ir.dialect.cache_storage import Storage
+from effc.ir.dialect.cached_attention import cached_attention
+
+
+def change_storage(site: CachedAttentionSite, storage: Storage) -> ir.Node:
+    """Replace the node; the tensors of its cache take the place of the old ones among inputs and outputs.
+
+    Args:
+        site: The attention; every tensor of its cache is an input, or an output, of the graph and read by it alone.
+        storage: How it is to keep its tokens.
+
+    Returns:
+        The new node.
+    """
+    node, graph = site.node, site.node.graph
+    assert isinstance(graph, ir.Graph)
+    query, key, value, valid, bias, cos, sin = node.inputs[:7]
+    assert query is not None and key is not None and value is not None and valid is not None
+    past = _inputs(site, storage)
+    tables = (cos, sin) if cos is not None and sin is not None else None
+    new = cached_attention(
+        [query, key, value, valid], past, site.form, storage, bias=bias, tables=tables, name=node.name
+    )
+    graph.insert_before(node, new)
+    _take_places(graph.inputs, site.past, past)
+    present = node.outputs[1:]
+    prefix = _prefix(present[0])
+    for output, tensor in zip(new.outputs[1:], storage.tensors(site.form.sizes), strict=True):
+        output.name = f"{prefix}.{tensor.name}"
+    _take_places(graph.outputs, present, new.outputs[1:])
+    new.outputs[0].name = node.outputs[0].name
+    node.outputs[0].replace_all_uses_with(new.outputs[0], replace_graph_outputs=True)
+    graph.remove(node, safe=True)
+    return new
+
+
+def _inputs(site: CachedAttentionSite, storage: Storage) -> list[ir.Value]:
+    old = site.past[0]
+    assert old.shape is not None
+    batch, prefix = old.shape[0], _prefix(old)
+    return [
+        ir.Value(
+            name=f"{prefix}.{tensor.name}",
+            type=ir.TensorType(tensor.dtype),
+            shape=ir.Shape([batch if axis == "batch" else axis for axis in tensor.shape]),
+        )
+        for tensor in storage.tensors(site.form.sizes)
+    ]
+
+
+def _prefix(value: ir.Value) -> str:
+    """`past_key_values.3` of `past_key_values.3.key`."""
+    return str(value.name).rpartition(".")[0]
+
+
+def _take_places(ports: MutableSequence[ir.Value], old: Sequence[ir.Value], new: Sequence[ir.Value]) -> None:
+    """Let new inputs (or outputs) of a graph stand where the first of the old ones stood."""
+    place = ports.index(old[0])
+    for value in old:
+        ports.remove(value)
+    for offset, value in enumerate(new):
+        ports.insert(place + offset, value)
