@@ -381,8 +381,9 @@ def test_bytes_and_bits_of_a_cache() -> None:
     assert DenseStorage(ring=512).bytes_at(sizes, 10**6) == 2 * 2 * 512 * 64 * 4
     storage = PageStorage()
     exact = 2 * 2 * (4 + 32 + 128) * 64 * 2
-    assert storage.bytes_at(sizes, 127) == exact
-    assert storage.bytes_at(sizes, 1280) == exact + 2 * 10 * storage.page_bytes(sizes)
+    assert storage.bytes_at(sizes, 4 + 32 + 127) == exact
+    assert storage.bytes_at(sizes, 4 + 32 + 128) == exact + 2 * storage.page_bytes(sizes)
+    assert storage.bytes_at(sizes, 1280) == exact + 2 * 9 * storage.page_bytes(sizes)
     codes, whole = storage.stored_bits(sizes)
     assert codes == 8.0
     assert whole == pytest.approx(8 + 8 * (272 + 528) / (128 * 128))

@@ -10,10 +10,9 @@ import pytest
 from effc import kernels
 from effc.errors import UsageError
 from effc.ir.analysis.cached_attention import cached_attention_sites
-from effc.ir.dialect.cache_storage import DenseStorage, HeadSizes, PageStorage
+from effc.ir.dialect.cache_storage import DenseStorage, PageStorage
 from effc.ir.dialect.cached_attention import AttentionForm, cached_attention
 from effc.ir.program import Program, Source, Task
-from effc.passes.attention.cache_schemes import SCHEMES
 from effc.passes.attention.kv_cache import KvCache
 from effc.passes.pipeline_text import format_pipeline, parse_pipeline
 
@@ -173,15 +172,6 @@ def test_bytes_of_a_cache_of_8192_tokens(scheme: str, least: float) -> None:
     (figures,) = report.details["cache"]
     assert figures["dense_bytes"] / figures["bytes"] >= least
     assert figures["bytes_of_codes"] < figures["bytes"]
-
-
-def test_bytes_are_those_of_the_tensors() -> None:
-    storage = SCHEMES["int4"].storage(ir.DataType.BFLOAT16, 0)
-    assert isinstance(storage, PageStorage)
-    sizes = HeadSizes(2, 64, 64)
-    exact = 2 * 2 * (4 + 32 + 128) * 64 * 2
-    assert storage.bytes_at(sizes, 0) == storage.bytes_at(sizes, 4 + 32 + 127) == exact
-    assert storage.bytes_at(sizes, 4 + 32 + 2 * 128) == exact + 2 * 2 * storage.page_bytes(sizes)
 
 
 def run_steps(program: Program, steps: list[int], seed: int = 5) -> np.ndarray:
