@@ -1,7 +1,7 @@
 """Speed of `effc.CachedAttention` beside onnxruntime's GroupQueryAttention and the memory limit.
 
 Run: `python benchmarks/kernels/cached_attention.py [--threads 2] [--rounds 7] [--heads 8/2 32/8] [--decode 1024 8192]
-[--prefill 512 2048] [--storages fp32 bf16]`
+[--prefill 512 2048] [--storages fp32 bf16 int8 int4 kivi-2 zipcache-4/2]`
 
 Decode: one new token over a full cache that is bound as past and present, in enough equal nodes to overflow the caches.
 Prefill: all tokens at once into an empty cache. The variants take turns in one process.
@@ -13,7 +13,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import ml_dtypes
 import numpy as np
@@ -22,10 +22,12 @@ import onnxruntime as ort
 from onnx import TensorProto, helper
 
 from effc import kernels
+from effc.kernels import kv_page
 
 SIZE = 128  # of a head
 WORKING_SET = 200_000_000  # bytes of all float32 caches of a variant
 NO_STORAGE: dict[str, object] = {
+    "storage": "dense",
     "ring": 0,
     "sinks": 0,
     "recent": 0,
@@ -41,16 +43,37 @@ NO_STORAGE: dict[str, object] = {
 
 @dataclass(frozen=True)
 class Variant:
-    """A way to keep the cache: the types of its float tensors, and the attributes of the op."""
+    """A way to keep the cache: the type of its exact tokens, and the attributes of the op."""
 
     type: int
     attributes: dict[str, object] = field(default_factory=lambda: {"storage": "dense"})
+
+    @property
+    def exact_tokens(self) -> int:
+        """Places of the exact buffer."""
+        return sum(int(str(self.attributes[name])) for name in ("sinks", "recent", "page"))
+
+    def pages(self, tokens: int) -> int:
+        """Full pages of so many tokens."""
+        page = int(str(self.attributes["page"]))
+        return max(0, tokens - self.exact_tokens + page) // page
+
+
+def paged(bits: tuple[int, int], group: int = 0, **attributes: object) -> Variant:
+    """Pages of 128 tokens."""
+    page = {"storage": "pages", "sinks": 4, "recent": 32, "page": 128, "salient": 128, "key_scheme": "channel"}
+    groups = {"key_group": group, "value_group": group, "key_bits": bits, "value_bits": bits}
+    return Variant(TensorProto.BFLOAT16, page | groups | {"value_scheme": "token"} | attributes)
 
 
 STORAGES = {
     "fp32": Variant(TensorProto.FLOAT),
     "bf16": Variant(TensorProto.BFLOAT16),
     "fp16": Variant(TensorProto.FLOAT16),
+    "int8": paged((8, 8)),
+    "int4": paged((4, 4)),
+    "kivi-2": paged((2, 2), group=32),
+    "zipcache-4/2": paged((4, 2), salient=80, value_scheme="separable", importance="normalised"),
 }
 DTYPES = {
     TensorProto.FLOAT: np.dtype(np.float32),
@@ -170,29 +193,51 @@ def group_query(case: Case, threads: int) -> tuple[Callable[[], float], float]:
     return runner(session, feeds, caches), sum(array.nbytes for array in caches.values())
 
 
+def paged_caches(case: Case, variant: Variant) -> dict[str, np.ndarray]:
+    """Random caches of all layers: exact tokens, pages, statistics."""
+    rng = np.random.default_rng(1)
+    names = [item.name for item in fields(kv_page.PageSpec)]
+    known = {name: item for name, item in variant.attributes.items() if name in names}
+    spec = kv_page.PageSpec(SIZE, SIZE, **known)  # type: ignore[arg-type]
+    shape = (case.kv_heads, spec.page, SIZE)
+    keys, values = (rng.standard_normal(shape, dtype=np.float32) for _ in range(2))
+    importance = rng.random(shape[:2], dtype=np.float32) if spec.two_classes else None
+    page = kv_page.encode(spec, keys, values, importance=importance)
+    pages = np.repeat(page[None, :, None], case.total // spec.page, axis=2)
+    exact = rng.standard_normal((1, case.kv_heads, variant.exact_tokens, SIZE), dtype=np.float32)
+    one = {"k": exact.astype(DTYPES[variant.type]), "v": exact.astype(DTYPES[variant.type]), "p": pages}
+    if spec.two_classes:
+        one["s"] = np.zeros((1, case.kv_heads, 2 * variant.exact_tokens + SIZE), np.float32)
+    return {f"{name}{i}": array for i in range(case.layers) for name, array in one.items()}
+
+
+def bytes_read(case: Case, variant: Variant, caches: dict[str, np.ndarray]) -> int:
+    """Bytes of the cache that one step needs."""
+    if "page" not in variant.attributes:
+        return sum(array.nbytes for array in caches.values())
+    pages = variant.pages(case.total)
+    exact = case.total - pages * int(str(variant.attributes["page"]))
+    used = {"k": exact / variant.exact_tokens, "v": exact / variant.exact_tokens, "s": 1.0}
+    used["p"] = pages / caches["p0"].shape[2]
+    return round(sum(array.nbytes * used[name[0]] for name, array in caches.items()))
+
+
 def cached(case: Case, variant: Variant, threads: int) -> tuple[Callable[[], float], float]:
-    """`effc.CachedAttention`, and the bytes of its caches."""
-    caches = dense_caches(case, DTYPES[variant.type])
+    """`effc.CachedAttention`, and the bytes of its caches that a step reads."""
+    dense = "page" not in variant.attributes
+    caches = dense_caches(case, DTYPES[variant.type]) if dense else paged_caches(case, variant)
+    types = {dtype: type_ for type_, dtype in DTYPES.items()} | {np.dtype(np.uint8): TensorProto.UINT8}
     nodes, inputs, outputs = [], [], []
     for name, array in caches.items():
-        inputs.append(value(f"past_{name}", variant.type, array.shape))
-        outputs.append(value(f"present_{name}", variant.type, array.shape))
-    attributes = NO_STORAGE | {
-        "heads": case.heads,
-        "kv_heads": case.kv_heads,
-        "head_size": SIZE,
-        "value_size": SIZE,
-        "scale": SIZE**-0.5,
-        "softcap": 0.0,
-        "causal": 1,
-        "window": 0,
-        "rotary": "none",
-        "rotary_size": 0,
-        **variant.attributes,
-    }
+        inputs.append(value(f"past_{name}", types[array.dtype], array.shape))
+        outputs.append(value(f"present_{name}", types[array.dtype], array.shape))
+    form = {"heads": case.heads, "kv_heads": case.kv_heads, "head_size": SIZE, "value_size": SIZE}
+    scores = {"scale": SIZE**-0.5, "softcap": 0.0, "causal": 1, "window": 0, "rotary": "none", "rotary_size": 0}
+    attributes = NO_STORAGE | form | scores | variant.attributes
     for i in range(case.layers):
-        names = ["query", "key", "value", "valid", "", "", "", f"past_k{i}", f"past_v{i}"]
-        results = [f"y{i}", f"present_k{i}", f"present_v{i}"]
+        own = [name for name in caches if name[1:] == str(i)]
+        names = ["query", "key", "value", "valid", "", "", "", *(f"past_{name}" for name in own)]
+        results = [f"y{i}", *(f"present_{name}" for name in own)]
         nodes.append(helper.make_node("CachedAttention", names, results, domain="effc", **attributes))
         outputs.append(value(f"y{i}", TensorProto.FLOAT, [1, case.seq, case.heads * SIZE]))
     feeds = new_tokens(case)
@@ -200,7 +245,7 @@ def cached(case: Case, variant: Variant, threads: int) -> tuple[Callable[[], flo
     feeds["valid"] = np.ones((1, case.total), bool)
     inputs.append(value("valid", TensorProto.BOOL, [1, case.total]))
     session = open_session(nodes, inputs, outputs, threads)
-    return runner(session, feeds, caches), sum(array.nbytes for array in caches.values())
+    return runner(session, feeds, caches), bytes_read(case, variant, caches)
 
 
 def measure(case: Case, storages: Sequence[str], threads: int, rounds: int) -> None:

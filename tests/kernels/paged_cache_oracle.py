@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 from dataclasses import dataclass, field
 
 import numpy as np
 from attention_oracle import Form, probabilities, rotate, split, visible
 
-from effc import kernels
+from effc.kernels import kv_page
 
 
 @dataclass(frozen=True)
@@ -43,63 +42,25 @@ class Pages:
         return max(0, (tokens - self.sinks - self.recent) // self.page)
 
 
-class PageSpec(ctypes.Structure):
-    """`PageSpec` of the kernels."""
-
-    _fields_ = (
-        *((name, ctypes.c_int64) for name in ("head_size", "value_size", "page")),
-        ("key_bits", ctypes.c_int32 * 2),
-        ("value_bits", ctypes.c_int32 * 2),
-        ("salient", ctypes.c_int64),
-        ("key_scheme", ctypes.c_int32),
-        ("value_scheme", ctypes.c_int32),
-        ("key_group", ctypes.c_int64),
-        ("value_group", ctypes.c_int64),
-    )
-
-
 class PageCodec:
     """Encodes and decodes single pages."""
 
     def __init__(self, form: Form, pages: Pages) -> None:
+        names = ("page", "key_bits", "value_bits", "salient", "key_scheme", "value_scheme", "key_group", "value_group")
+        parts = {name: getattr(pages, name) for name in names}
         self.pages = pages
-        self.form = form
-        self.spec = PageSpec(
-            form.head_size,
-            form.value_size,
-            pages.page,
-            pages.key_bits,
-            pages.value_bits,
-            pages.salient,
-            pages.key_scheme == "balanced",
-            pages.value_scheme == "separable",
-            pages.key_group,
-            pages.value_group,
-        )
-        library = kernels.load()
-        library.effc_page_bytes.restype = ctypes.c_int64
-        self.bytes = library.effc_page_bytes(ctypes.byref(self.spec))
-        assert self.bytes > 0, library.effc_last_error()
+        self.spec = kv_page.PageSpec(form.head_size, form.value_size, **parts)
+        self.bytes = kv_page.page_bytes(self.spec)
 
     def encode(
         self, keys: np.ndarray, values: np.ndarray, valid: np.ndarray, importance: np.ndarray, query_max: np.ndarray
     ) -> np.ndarray:
-        arrays = [np.ascontiguousarray(a, np.float32) for a in (keys, values)]
-        extra = [np.ascontiguousarray(a, np.float32) for a in (importance, query_max)]
-        flags = np.ascontiguousarray(valid, np.uint8)
-        out = np.empty(self.bytes, np.uint8)
-        pointers = [a.ctypes.data_as(ctypes.c_void_p) for a in (*arrays, flags, *extra, out)]
-        library = kernels.load()
-        failed = library.effc_encode_pages(ctypes.byref(self.spec), ctypes.c_int64(1), *pointers)
-        assert failed == 0, library.effc_last_error()
-        return out
+        floats = [a.astype(np.float32)[None] for a in (keys, values, importance)]
+        return kv_page.encode(self.spec, floats[0], floats[1], valid[None], floats[2], query_max.astype(np.float32))[0]
 
     def decode(self, page: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Keys and values in the order of the tokens."""
-        keys = np.empty((self.pages.page, self.form.head_size), np.float32)
-        values = np.empty((self.pages.page, self.form.value_size), np.float32)
-        pointers = [a.ctypes.data_as(ctypes.c_void_p) for a in (page, keys, values)]
-        assert kernels.load().effc_decode_pages(ctypes.byref(self.spec), ctypes.c_int64(1), *pointers) == 0
+        keys, values = (array[0] for array in kv_page.decode(self.spec, page[None]))
         if self.pages.two_classes:
             order = np.argsort(page[: self.pages.page])
             keys, values = keys[order], values[order]
