@@ -44,7 +44,8 @@ class CachePort:
         input: Graph input that takes the past.
         output: Graph output that carries it on.
         dtype: Numpy dtype name.
-        shape: Ints and symbol names; the axis called `past` grows (`growing`) or is the capacity (`in-place`).
+        shape: Ints and symbol names. The axis called `past` (tokens) or `past // P` (whole pages of P tokens) grows
+            (`growing`) or is a capacity (`in-place`). A tensor without one has all the places it will ever need.
     """
 
     input: str
@@ -62,10 +63,13 @@ class CacheLayout:
             length is `attention_mask.shape[1] - input_ids.shape[1]`; a step appends without copying.
             `growing`: the output is `past + seq` long and becomes the next input.
         ports: The tensors, in graph order.
+        layers: For each attention of ours, what one row takes: `site`, `storage`, `bits` and `bits_with_parameters`
+            of an element, and at `tokens` tokens `bytes`, `bytes_of_codes` and `dense_bytes` (bfloat16).
     """
 
     mode: str
     ports: list[CachePort] = field(default_factory=list)
+    layers: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -161,7 +165,7 @@ def _parse(path: Path, content: Mapping[str, Any]) -> Manifest:
         values["outputs"] = [Port(**port) for port in values["outputs"]]
         if values["cache"] is not None:
             ports = [CachePort(**port) for port in values["cache"]["ports"]]
-            values["cache"] = CacheLayout(values["cache"]["mode"], ports)
+            values["cache"] = CacheLayout(values["cache"]["mode"], ports, values["cache"].get("layers", []))
         manifest = Manifest(**values)
         for name in (manifest.model, *manifest.files):
             _check_name(path, name)

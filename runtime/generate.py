@@ -309,14 +309,9 @@ def _check_interface(engine: Engine, prompts: Sequence[Sequence[int]]) -> None:
 
 
 def prompt_chunk(engine: Engine, batch: int, width: int) -> int:
-    """Tokens of prompts padded to `width` that are read in one run: all, or as many as keep the logits small.
-
-    Several rows are split only where the cache grows: attention in place may refuse several tokens of several rows
-    after others.
-    """
+    """Tokens of prompts padded to `width` that are read in one run: all, or as many as keep the logits small."""
     shape = next(port.shape for port in engine.manifest.outputs if port.name == LOGITS)
     vocabulary = shape[-1] if isinstance(shape[-1], int) else 1
-    in_place = engine.manifest.cache is not None and engine.manifest.cache.mode == "in-place"
-    if shape[1] == 1 or engine.chooses_logits or (batch > 1 and in_place):
+    if shape[1] == 1 or engine.chooses_logits:
         return width
     return min(width, max(16, LOGITS_LIMIT // (4 * vocabulary * batch)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 
@@ -17,7 +18,7 @@ BLOCK = 64
 RESERVE = 128
 """Tokens of room beyond the prompt in a first allocation."""
 BATCH, PAST = "batch", "past"
-"""The symbols a cache shape may hold."""
+"""The symbols a cache shape may hold; `past // P` are whole pages of P tokens."""
 
 NUM_LOGITS = "num_logits"
 """Optional input of an engine: how many of the last tokens get logits."""
@@ -76,15 +77,16 @@ class InPlaceCache(Cache):
         """Nothing to do: the run wrote into the bound buffers."""
 
     def _grown(self, length: int) -> list[ort.OrtValue]:
-        """Buffers of the new capacity with the first `length` tokens of the old ones."""
+        """Buffers of the new capacity with what the first `length` tokens left in the old ones."""
         grown = []
         for index, port in enumerate(self.ports):
-            if self.values and PAST not in port.shape:
+            axis = _growing_axis(port)
+            if self.values and axis is None:
                 grown.append(self.values[index])
                 continue
             array = self._zeros(port, self.capacity)
-            if self.values and length:
-                kept = (slice(None),) * port.shape.index(PAST) + (slice(length),)
+            if self.values and length and axis is not None:
+                kept = (slice(None),) * axis + (slice(_axis_size(port, axis, self.batch, length)),)
                 array[kept] = to_numpy(self.values[index], port.dtype)[kept]
             grown.append(to_ort(array, port.dtype, self.device))
         return grown
@@ -137,6 +139,7 @@ class KvState:
         self.length = 0
         self.max_length = max_length
         self._session = session
+        self._layout = layout
         self._dtypes = {port.name: port.dtype for port in inputs}
         self._selects_logits = any(value.name == NUM_LOGITS for value in session.get_overridable_initializers())
         self._binding = session.io_binding()
@@ -146,6 +149,10 @@ class KvState:
     def buffers(self) -> dict[str, ort.OrtValue]:
         """Cache input name -> the tensor bound to it now."""
         return {port.input: value for port, value in zip(self._cache.ports, self._cache.values)}
+
+    def nbytes(self, length: int | None = None) -> dict[str, int]:
+        """Cache input name -> bytes it takes for `length` tokens (those it has now), without spare capacity."""
+        return cache_bytes(self._layout, self.length if length is None else length, self._cache.batch)
 
     def run(
         self, feeds: Mapping[str, np.ndarray], outputs: Sequence[str], *, num_logits: int | None = None
@@ -207,15 +214,37 @@ def port_shape(port: CachePort, batch: int, past: int) -> tuple[int, ...]:
     """Shape of a cache tensor for a batch and a length.
 
     Raises:
-        EngineError: The shape holds a symbol other than `batch` and `past`.
+        EngineError: The shape holds a symbol other than `batch`, `past` and `past // P`.
     """
-    sizes = {BATCH: batch, PAST: past}
-    try:
-        return tuple(axis if isinstance(axis, int) else sizes[axis] for axis in port.shape)
-    except KeyError as error:
+    return tuple(_axis_size(port, axis, batch, past) for axis in range(len(port.shape)))
+
+
+def cache_bytes(layout: CacheLayout, length: int, batch: int = 1) -> dict[str, int]:
+    """Cache input name -> bytes it takes for a number of tokens, without spare capacity."""
+    return {
+        port.input: math.prod(port_shape(port, batch, length)) * storage_dtype(port.dtype).itemsize
+        for port in layout.ports
+    }
+
+
+def _axis_size(port: CachePort, axis: int, batch: int, past: int) -> int:
+    size = port.shape[axis]
+    if isinstance(size, int):
+        return size
+    if size == BATCH:
+        return batch
+    name, _, page = size.partition("//")
+    if name.strip() != PAST or not (page.strip() or "1").isdigit() or page.strip() == "0":
         raise EngineError(
-            f"cache input {port.input!r}: its shape has the unknown symbol {error}. Upgrade effc, or build it again."
-        ) from error
+            f"cache input {port.input!r}: its shape has the unknown symbol {size!r}. Upgrade effc, or build it again."
+        )
+    return past // int(page or 1)
+
+
+def _growing_axis(port: CachePort) -> int | None:
+    """The axis that grows with the tokens; None for a tensor of fixed size."""
+    growing = [axis for axis, size in enumerate(port.shape) if isinstance(size, str) and size != BATCH]
+    return growing[0] if growing else None
 
 
 def next_capacity(needed: int, current: int, limit: int | None) -> int:

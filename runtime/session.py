@@ -314,6 +314,13 @@ def _check_lengths(mode: str, symbols: Mapping[str, int], fed: bool) -> None:
             f"the attention mask covers {symbols['total']} tokens, but {symbols['seq']} are new and {given} are "
             "cached. Feed a mask of past + seq tokens."
         )
+    for symbol, pages in symbols.items():
+        page = int(symbol.partition("//")[2] or 0)
+        if page and pages < past // page:
+            raise UsageError(
+                f"{past} tokens are cached, which may fill {past // page} pages of {page}, but the cache has room for "
+                f"{pages}. Feed the cache that the last run gave."
+            )
 
 
 def _empty_cache(cache: Sequence[CachePort], symbols: Mapping[str, int]) -> dict[str, ort.OrtValue]:

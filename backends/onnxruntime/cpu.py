@@ -17,7 +17,6 @@ from effc.backends.engine_folder import write_assets
 from effc.backends.onnxruntime.external_weights import write_external_weights
 from effc.backends.onnxruntime.interface import cache_layout, ports
 from effc.backends.onnxruntime.last_logits import add_num_logits
-from effc.backends.onnxruntime.lower_attention import is_in_place, lower_cached_attention
 from effc.backends.onnxruntime.portable_weights import use_portable_layouts
 from effc.backends.onnxruntime.widen_weights import widen_cast_weights
 from effc.errors import MissingDependencyError
@@ -25,6 +24,7 @@ from effc.ir.analysis.weight_memory import weight_memory
 from effc.ir.dialect import infer_dialect_types, is_dialect_node
 from effc.ir.dialect.inline import inline_dialect
 from effc.ir.program import Program
+from effc.passes.attention.cached_attention import CachedAttention
 from effc.runtime.bundle import Manifest
 
 MODEL = "model.onnx"
@@ -46,14 +46,15 @@ class OnnxRuntimeCpu(Backend):
         return ""
 
     def lower(self, program: Program, *, portable: bool) -> Program:
-        """Widen small half-precision weights, lower cached attention or inline the dialect."""
+        """Widen small half-precision weights, make attention and cache one op or inline the dialect."""
         lowered = program.clone()
         if portable:
             use_portable_layouts(lowered.graph)
             inline_dialect(lowered.model)
         else:
             infer_dialect_types(lowered.graph)
-            lower_cached_attention(lowered)
+            raising = CachedAttention()
+            raising.apply(lowered, raising.match(lowered).sites)
             add_num_logits(lowered)
         widen_cast_weights(lowered.model)
         RemoveUnusedNodesPass()(lowered.model)
@@ -81,7 +82,7 @@ class OnnxRuntimeCpu(Backend):
             inputs=ports(program, (value for value in graph.inputs if not value.is_initializer())),
             optional_inputs=ports(program, (value for value in graph.inputs if value.is_initializer())),
             outputs=ports(program, graph.outputs),
-            cache=cache_layout(program, in_place=is_in_place(program)),
+            cache=cache_layout(program),
             pipeline=",".join(record.options for record in program.records if record.name != "lower"),
             passes=[_record(record) for record in program.records],
             source=_source(program),
