@@ -111,7 +111,7 @@ def cache_shapes(interface: Interface) -> tuple[FeedShape, ...]:
         if not isinstance(places, int) or places > LONGEST_RING:
             continue
         if port.name.endswith(".exact_key"):
-            shapes += [FeedShape(2, 3, places + 5, True), FeedShape(1, 2 * places + 3)]
+            shapes += [FeedShape(2, 3, places + 5, True), FeedShape(1, 1, 2 * places + 3)]
         elif port.name.endswith(".key"):
             shapes.append(FeedShape(1, 6, places + 3))
     limit = position_limit(interface.config)

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 from onnx import helper
 
 from effc.errors import EngineError, UsageError
 from effc.runtime.bundle import CacheLayout, CachePort, Port
-from effc.runtime.kv_state import KvState, next_capacity, port_shape
+from effc.runtime.kv_state import KvState, cache_bytes, next_capacity, port_shape
 from effc.runtime.session import Engine, load
 
 MODES = ("in-place", "growing")
@@ -170,3 +171,70 @@ def test_bfloat16_cache_is_bound_without_numpy_knowing_the_type(make_engine: Cal
     for number in (1.5, -2.0, 0.25):
         result = state.run({"input_ids": np.array([[number]], np.float32)}, ["y"])["y"]
     np.testing.assert_array_equal(result, [[1.5, -2.0, 0.25]])
+
+
+def page_session(page: int) -> onnxruntime.InferenceSession:
+    """A stand-in for paged attention: token t, when it comes last of its page, marks the page in a copy."""
+    nodes = [
+        helper.make_node("Shape", ["attention_mask"], ["total"], start=1, end=2),
+        helper.make_node("Sub", ["total", "one"], ["newest"]),
+        helper.make_node("Div", ["newest", "size"], ["page"]),
+        helper.make_node("Mod", ["total", "size"], ["rest"]),
+        helper.make_node("Equal", ["rest", "zero"], ["full"]),
+        helper.make_node("Shape", ["past"], ["count"], start=1, end=2),
+        helper.make_node("Squeeze", ["count"], ["count_scalar"]),
+        helper.make_node("Range", ["zero_scalar", "count_scalar", "one_scalar"], ["places"]),
+        helper.make_node("Equal", ["places", "page"], ["here"]),
+        helper.make_node("And", ["here", "full"], ["written"]),
+        helper.make_node("Unsqueeze", ["written", "zero"], ["rows"]),
+        helper.make_node("Cast", ["total"], ["mark"], to=2),
+        helper.make_node("Where", ["rows", "mark", "past"], ["present"]),
+    ]
+    constants = {"one": [1], "size": [page], "zero": [0], "zero_scalar": 0, "one_scalar": 1}
+    tensors = [onnx.numpy_helper.from_array(np.array(value, np.int64), name) for name, value in constants.items()]
+    ports = [
+        helper.make_tensor_value_info("input_ids", 7, ["batch", "seq"]),
+        helper.make_tensor_value_info("attention_mask", 7, ["batch", "total"]),
+        helper.make_tensor_value_info("past", 2, ["batch", "pages"]),
+    ]
+    output = helper.make_tensor_value_info("present", 2, ["batch", "pages"])
+    graph = helper.make_graph(nodes, "pages", ports, [output], tensors)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 24)], ir_version=11)
+    return onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+
+
+PAGED = [
+    CachePort("past", "present", "uint8", ["batch", "past // 3"]),
+    CachePort("ring", "ring.out", "float32", ["batch", 2, 5, 4]),
+    CachePort("key", "key.out", "bfloat16", ["batch", 2, "past", 4]),
+]
+
+
+def test_pages_grow_with_their_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole pages of a full buffer move to the next one; so does nothing that does not grow."""
+    monkeypatch.setattr("effc.runtime.kv_state.RESERVE", 0)
+    monkeypatch.setattr("effc.runtime.kv_state.BLOCK", 4)
+    inputs = [
+        Port(name, "int64", ["batch", axis]) for name, axis in (("input_ids", "seq"), ("attention_mask", "total"))
+    ]
+    state = KvState(page_session(3), CacheLayout("in-place", PAGED[:1]), inputs, 1)
+    rooms = []
+    for total in range(1, 26):
+        state.run({"input_ids": np.zeros((1, 1), np.int64), "attention_mask": np.ones((1, total), np.int64)}, [])
+        pages = state.buffers["past"].numpy()[0]
+        rooms.append(len(pages))
+        assert pages[: total // 3].tolist() == [3 * (index + 1) for index in range(total // 3)]
+        assert not pages[total // 3 :].any()
+    assert sorted(set(rooms)) == [1, 2, 5, 10]
+
+
+def test_bytes_of_a_cache_count_what_is_needed() -> None:
+    layout = CacheLayout("in-place", PAGED)
+    assert cache_bytes(layout, 8, batch=2) == {"past": 2 * 2, "ring": 2 * 40 * 4, "key": 2 * 2 * 8 * 4 * 2}
+    assert cache_bytes(layout, 0) == {"past": 0, "ring": 160, "key": 0}
+
+
+@pytest.mark.parametrize("symbol", ["pages", "total", "past // 0", "past // x", "total // 3"])
+def test_unknown_symbols_of_pages_are_refused(symbol: str) -> None:
+    with pytest.raises(EngineError, match="unknown symbol"):
+        port_shape(CachePort("past", "present", "uint8", ["batch", symbol]), 1, 5)
