@@ -14,7 +14,17 @@ from numpy.typing import NDArray
 
 from effc.kernels import load
 
-__all__ = ["KeyScheme", "PageSpec", "ValueScheme", "decode", "encode", "page_bytes", "scores", "values"]
+__all__ = [
+    "KeyScheme",
+    "PageSpec",
+    "ValueScheme",
+    "decode",
+    "encode",
+    "linear_attention",
+    "page_bytes",
+    "scores",
+    "values",
+]
 
 KeyScheme = Literal["channel", "balanced"]
 ValueScheme = Literal["token", "separable"]
@@ -238,6 +248,27 @@ def values(spec: PageSpec, pages: Bytes, probabilities: Floats) -> Floats:
         _pointer(pages),
         _pointer(probabilities),
         ctypes.c_int64(len(probabilities)),
+        _pointer(out),
+    )
+    _check(status)
+    return out
+
+
+def linear_attention(spec: PageSpec, pages: Bytes, queries: Floats) -> Floats:
+    """Attention without softmax, page by page as the op goes: `[g, value_size]` of queries `[g, head_size]`.
+
+    Raises:
+        ValueError: A shape does not fit the spec.
+    """
+    pages = _fit_pages(spec, pages)
+    queries = _fit("queries", queries, (len(queries), spec.head_size), np.float32)
+    out = np.empty((len(queries), spec.value_size), np.float32)
+    status = load().effc_page_linear_attention(
+        _struct(spec),
+        ctypes.c_int64(len(pages)),
+        _pointer(pages),
+        _pointer(queries),
+        ctypes.c_int64(len(queries)),
         _pointer(out),
     )
     _check(status)

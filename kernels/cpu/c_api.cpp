@@ -260,3 +260,22 @@ EFFC_EXPORT int32_t effc_page_values(const effc::PageSpec* spec, int64_t count,
     return 0;
   });
 }
+
+// out[g][E] of attention without softmax: scores of a page are the weights of its values.
+EFFC_EXPORT int32_t effc_page_linear_attention(const effc::PageSpec* spec, int64_t count,
+                                               const uint8_t* pages, const float* queries,
+                                               int64_t g, float* out) {
+  return Guard(-1, [&] {
+    const effc::PageLayout layout(*spec);
+    const effc::Kernels& kernels = effc::ActiveKernels();
+    std::vector<float> scratch(effc::PageScratchFloats(layout, g));
+    std::vector<float> scores(g * spec->page);
+    std::fill_n(out, g * spec->value_size, 0.0f);
+    for (int64_t p = 0; p < count; ++p, pages += layout.bytes) {
+      effc::PageScores(kernels, layout, pages, queries, g, scores.data(), spec->page,
+                       scratch.data());
+      effc::PageValues(kernels, layout, pages, scores.data(), spec->page, g, out, scratch.data());
+    }
+    return 0;
+  });
+}

@@ -62,6 +62,7 @@ extern const PanelKernels kAvx2Panels;
 extern const PanelKernels kAvx512Panels;
 extern const PanelKernels kNeonPanels;
 
+constexpr int64_t kMaxGroups = 256;   // of a row: kMaxHeadSize / 16
 constexpr int64_t kFoldedRows = 256;  // rows whose weights are folded at a time
 constexpr int64_t kHeldQueries = 32;  // rows of weights whose sums are held at a time
 constexpr int64_t kTileQueries = 8;   // rows of weights a tile takes at most

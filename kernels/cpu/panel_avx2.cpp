@@ -16,7 +16,6 @@ struct Avx2 {
     __m256i a;
     __m256i b;
   };
-  static constexpr int64_t kAhead = 4096;  // bytes between use and prefetch of codes
   static constexpr int kMaxQueries = 6;
   static constexpr int TileUnits(int queries) { return queries <= 1 ? 4 : queries <= 3 ? 2 : 1; }
 
@@ -58,6 +57,10 @@ struct Avx2 {
   }
   static EFFC_INLINE __m256 FromBfloat16(const uint16_t* p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(LoadBytes(p)), 16));
+  }
+  static EFFC_INLINE Unit WidenHalves(EightHalves a, EightHalves b) {
+    return {_mm256_cvtph_ps(reinterpret_cast<__m128i>(a)),
+            _mm256_cvtph_ps(reinterpret_cast<__m128i>(b))};
   }
   static EFFC_INLINE Unit WidenBfloat16(const uint16_t* p) {
     return {FromBfloat16(p), FromBfloat16(p + 8)};

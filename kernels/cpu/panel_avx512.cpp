@@ -9,7 +9,6 @@ namespace {
 
 struct Avx512 {
   using Unit = __m512;
-  static constexpr int64_t kAhead = 4096;  // bytes between use and prefetch of codes
   static constexpr int kMaxQueries = 8;
   static constexpr int TileUnits(int queries) { return queries <= 2 ? 8 : queries <= 4 ? 4 : 2; }
 
@@ -28,6 +27,10 @@ struct Avx512 {
     return _mm256_loadu_si256(static_cast<const __m256i*>(p));
   }
   static EFFC_INLINE Unit WidenHalf(const uint16_t* p) { return _mm512_cvtph_ps(LoadWords(p)); }
+  static EFFC_INLINE Unit WidenHalves(EightHalves a, EightHalves b) {
+    return _mm512_cvtph_ps(
+        _mm256_set_m128i(reinterpret_cast<__m128i>(b), reinterpret_cast<__m128i>(a)));
+  }
   static EFFC_INLINE Unit WidenBfloat16(const uint16_t* p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(LoadWords(p)), 16));
   }

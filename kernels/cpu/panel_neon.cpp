@@ -11,7 +11,6 @@ struct Neon {
   struct Unit {
     float32x4_t v[4];
   };
-  static constexpr int64_t kAhead = 2048;  // bytes between use and prefetch of codes
   static constexpr int kMaxQueries = 6;
   static constexpr int TileUnits(int queries) { return queries <= 1 ? 4 : queries <= 3 ? 2 : 1; }
 
@@ -51,6 +50,12 @@ struct Neon {
     return Make([&](auto i) EFFC_INLINE_LAMBDA {
       return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p + 4 * i)));
     });
+  }
+  static EFFC_INLINE Unit WidenHalves(EightHalves a, EightHalves b) {
+    uint16_t halves[16];
+    std::memcpy(halves, &a, 16);
+    std::memcpy(halves + 8, &b, 16);
+    return WidenHalf(halves);
   }
   static EFFC_INLINE Unit WidenBfloat16(const uint16_t* p) {
     return Make([&](auto i) EFFC_INLINE_LAMBDA {

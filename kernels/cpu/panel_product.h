@@ -15,6 +15,8 @@
 namespace effc {
 namespace {
 
+typedef uint16_t EightHalves __attribute__((vector_size(16)));
+
 template <int kBits>
 constexpr int kFields = kBits < 16 ? 8 / kBits : 1;  // units of 16 lanes in a word
 
@@ -29,6 +31,7 @@ struct TileInput {
   const uint8_t* codes;  // of the first row, lane 0
   int64_t row_bytes;
   int64_t rows;
+  const uint8_t* ahead;  // what the next product will read
   const float* weights;
   int64_t group;  // lanes
   int64_t groups;
@@ -55,9 +58,12 @@ void Tile(const TileInput& in, int64_t unit) {
       weights[u] = in.weights + group * kGroupWeights<kQueries>;
     }
   }
+  // While its columns are used, as many bytes of the next panel are fetched.
+  constexpr int64_t kAhead = kUnits * kWordBytes<kBits> / kF;
+  const uint8_t* ahead = in.ahead + unit * in.rows * kWordBytes<kBits> / kF;
   const uint8_t* codes = in.codes + unit / kF * kWordBytes<kBits>;
-  for (int64_t row = 0; row < in.rows; ++row, codes += in.row_bytes) {
-    V::Prefetch(codes + V::kAhead);
+  for (int64_t row = 0; row < in.rows; ++row, codes += in.row_bytes, ahead += kAhead) {
+    for (int64_t line = 0; line < kAhead; line += 64) V::Prefetch(ahead + line);
     Unroll<kWords>([&](auto w) EFFC_INLINE_LAMBDA {
       const auto word = V::template LoadWord<kBits>(codes + w * kWordBytes<kBits>);
       Unroll<kUnits / kWords>([&](auto f) EFFC_INLINE_LAMBDA {
@@ -131,35 +137,97 @@ struct ProductMemory {
   float* folded;     // [groups][queries of a tile][kFoldedRows]
 };
 
-// One kind of parameters of `rows` rows as floats, group by group, padded with zeros to 16 rows.
+// Parameters of 16 rows, [16][groups], as floats at out[group * kFoldedRows + row].
 template <class V>
-void SplitGroups(const uint16_t* halves, float unit, int64_t groups, int64_t rows, float* out) {
-  const typename V::Unit units = V::Broadcast(&unit);
-  if (groups == 1) {
-    for (int64_t r = 0; r < rows; r += 16) {
-      V::Store(out + r, V::Mul(WidenFirst<V>(halves + r, rows - r, true), units));
-    }
-    return;
-  }
-  for (int64_t i = 0; i < rows * groups; i += 16) {
-    float wide[16];
-    V::Store(wide, V::Mul(WidenFirst<V>(halves + i, rows * groups - i, true), units));
-    int64_t r = i / groups;
-    int64_t g = i % groups;
-    const int64_t count = rows * groups - i < 16 ? rows * groups - i : 16;
-    for (int64_t j = 0; j < count; ++j) {
-      out[g * kFoldedRows + r] = wide[j];
-      if (++g == groups) g = 0, ++r;
-    }
+EFFC_INLINE void SplitAnyGroups(const uint16_t* halves, typename V::Unit unit, int64_t groups,
+                                float* out) {
+  float wide[16 * kMaxGroups];
+  for (int64_t i = 0; i < 16 * groups; i += 16) {
+    V::Store(wide + i, V::Mul(V::WidenHalf(halves + i), unit));
   }
   for (int64_t g = 0; g < groups; ++g) {
-    for (int64_t r = rows; r % 16 != 0; ++r) out[g * kFoldedRows + r] = 0;
+    for (int64_t r = 0; r < 16; ++r) out[g * kFoldedRows + r] = wide[r * groups + g];
+  }
+}
+
+// The elements of even and of odd index of kCount vectors, the even ones first.
+template <int kCount>
+EFFC_INLINE void PartPairs(EightHalves* v) {
+  EightHalves parted[kCount];
+  Unroll<kCount / 2>([&](auto i) EFFC_INLINE_LAMBDA {
+    const EightHalves a = v[2 * i], b = v[2 * i + 1];
+    parted[i] = __builtin_shuffle(a, b, EightHalves{0, 2, 4, 6, 8, 10, 12, 14});
+    parted[i + kCount / 2] = __builtin_shuffle(a, b, EightHalves{1, 3, 5, 7, 9, 11, 13, 15});
+  });
+  Unroll<kCount>([&](auto i) EFFC_INLINE_LAMBDA { v[i] = parted[i]; });
+}
+
+// Parts kGroups interleaved groups of two vectors each; group g of the first is g * step + first.
+template <class V, int kGroups>
+EFFC_INLINE void StoreParts(EightHalves* v, typename V::Unit unit, int first, int step,
+                            float* out) {
+  if constexpr (kGroups == 1) {
+    V::Store(out + first * kFoldedRows, V::Mul(V::WidenHalves(v[0], v[1]), unit));
+  } else {
+    PartPairs<2 * kGroups>(v);
+    StoreParts<V, kGroups / 2>(v, unit, first, 2 * step, out);
+    StoreParts<V, kGroups / 2>(v + kGroups, unit, first + step, 2 * step, out);
+  }
+}
+
+// The same for a power of two of groups, in registers.
+template <class V, int kGroups>
+EFFC_INLINE void SplitGroups(const uint16_t* halves, typename V::Unit unit, float* out) {
+  EightHalves v[2 * kGroups];
+  Unroll<2 * kGroups>([&](auto i) EFFC_INLINE_LAMBDA { std::memcpy(&v[i], halves + 8 * i, 16); });
+  StoreParts<V, kGroups>(v, unit, 0, 1, out);
+}
+
+// Bytes from a panel to the next one of the same kind, parameters included: what is read now is
+// fetched that far ahead.
+EFFC_INLINE int64_t PanelBytes(const PanelView& panel) {
+  const int64_t parameters = panel.scheme == PanelScheme::kPlain       ? 0
+                             : panel.scheme == PanelScheme::kRowFactor ? panel.lanes
+                                                                       : panel.rows * panel.groups;
+  return panel.rows * panel.row_bytes + 4 * parameters;
+}
+
+// One kind of parameters of `rows` rows as floats, group by group, padded with zeros to 16 rows.
+template <class V>
+void WidenParameters(const uint16_t* halves, float unit, int64_t groups, int64_t rows, float* out) {
+  const typename V::Unit units = V::Broadcast(&unit);
+  for (int64_t r = 0; r < rows; r += 16, halves += 16 * groups, out += 16) {
+    uint16_t padded[16 * kMaxGroups];
+    const uint16_t* from = halves;
+    if (rows - r < 16) {
+      std::memset(padded, 0, 16 * groups * sizeof(uint16_t));
+      std::memcpy(padded, halves, (rows - r) * groups * sizeof(uint16_t));
+      from = padded;
+    }
+    switch (groups) {
+      case 1:
+        V::Store(out, V::Mul(V::WidenHalf(from), units));
+        break;
+      case 2:
+        SplitGroups<V, 2>(from, units, out);
+        break;
+      case 4:
+        SplitGroups<V, 4>(from, units, out);
+        break;
+      case 8:
+        SplitGroups<V, 8>(from, units, out);
+        break;
+      default:
+        SplitAnyGroups<V>(from, units, groups, out);
+    }
   }
 }
 
 template <class V>
 void LoadParameters(const PanelView& panel, int64_t begin, int64_t rows, ProductMemory& memory) {
   if (panel.scheme == PanelScheme::kPlain) return;
+  const auto* const next = reinterpret_cast<const uint8_t*>(panel.scales) + PanelBytes(panel);
+  for (int64_t byte = 0; byte < 4 * rows * panel.groups; byte += 64) V::Prefetch(next + byte);
   if (panel.scheme == PanelScheme::kRowFactor) {
     for (int64_t r = 0; r < rows; r += 16) {
       V::Store(memory.scales + r, WidenFirst<V>(panel.factors + begin + r, rows - r, false));
@@ -168,21 +236,27 @@ void LoadParameters(const PanelView& panel, int64_t begin, int64_t rows, Product
     return;
   }
   const int64_t at = begin * panel.groups;
-  SplitGroups<V>(panel.scales + at, *panel.unit, panel.groups, rows, memory.scales);
-  SplitGroups<V>(panel.minima + at, *panel.unit, panel.groups, rows, memory.minima);
+  WidenParameters<V>(panel.scales + at, *panel.unit, panel.groups, rows, memory.scales);
+  WidenParameters<V>(panel.minima + at, *panel.unit, panel.groups, rows, memory.minima);
 }
 
-// Folds the parameters of a group into the weights of one query; its constant grows.
+// Folds the parameters of a group into the weights of one query, and returns its constant.
 template <class V>
-EFFC_INLINE void Fold(const float* weights, int64_t rows, const float* scales, const float* minima,
-                      float* folded, float* constant) {
+__attribute__((noinline)) float Fold(const float* weights, int64_t rows, const float* scales,
+                                     const float* minima, float* folded) {
   typename V::Unit sum = V::Zero();
-  for (int64_t r = 0; r < rows; r += 16) {
+  int64_t r = 0;
+  for (; r + 16 <= rows; r += 16) {
+    const typename V::Unit weight = V::Load(weights + r);
+    V::Store(folded + r, V::Mul(weight, V::Load(scales + r)));
+    sum = V::MulAdd(weight, V::Load(minima + r), sum);
+  }
+  if (r < rows) {
     const typename V::Unit weight = LoadFirst<V>(weights + r, rows - r);
     V::Store(folded + r, V::Mul(weight, V::Load(scales + r)));
     sum = V::MulAdd(weight, V::Load(minima + r), sum);
   }
-  *constant += V::Sum(sum);
+  return V::Sum(sum);
 }
 
 // Adds to sums and constants what kQueries queries give for the rows at hand.
@@ -196,14 +270,15 @@ void AddRows(const PanelView& panel, const float* weights, int64_t weight_stride
       if constexpr (kBits == 16) {
         std::memcpy(to, from, rows * sizeof(float));
       } else {
-        Fold<V>(from, rows, memory.scales + g * kFoldedRows, memory.minima + g * kFoldedRows, to,
-                memory.constants + (query + q) * panel.groups + g);
+        memory.constants[(query + q) * panel.groups + g] += Fold<V>(
+            from, rows, memory.scales + g * kFoldedRows, memory.minima + g * kFoldedRows, to);
       }
     }
   }
   const TileInput input = {panel.codes + begin * panel.row_bytes,
                            panel.row_bytes,
                            rows,
+                           panel.codes + PanelBytes(panel),
                            memory.folded,
                            panel.group,
                            panel.groups,

@@ -6,47 +6,61 @@ namespace effc {
 namespace {
 
 struct Scalar {
+  typedef float Four __attribute__((vector_size(16)));
   struct Unit {
-    float f[16];
+    Four v[4];
   };
-  static constexpr int64_t kAhead = 4096;  // bytes between use and prefetch of codes
   static constexpr int kMaxQueries = 4;
   static constexpr int TileUnits(int) { return 1; }
 
   template <class Fn>
   static EFFC_INLINE Unit Make(Fn&& fn) {
     Unit u;
-    for (int i = 0; i < 16; ++i) u.f[i] = fn(i);
+    Unroll<4>([&](auto i) EFFC_INLINE_LAMBDA { u.v[i] = fn(i); });
     return u;
   }
-  static EFFC_INLINE void Prefetch(const void*) {}
+  // fn(i) for each of the 16 lanes.
+  template <class Fn>
+  static EFFC_INLINE Unit MakeLanes(Fn&& fn) {
+    float lanes[16];
+    for (int i = 0; i < 16; ++i) lanes[i] = fn(i);
+    return Load(lanes);
+  }
+  static EFFC_INLINE void Prefetch(const void* p) { __builtin_prefetch(p); }
   static EFFC_INLINE Unit Zero() { return {}; }
   static EFFC_INLINE Unit Load(const float* p) {
-    return Make([&](int i) { return p[i]; });
+    Unit u;
+    std::memcpy(&u, p, sizeof(u));
+    return u;
   }
-  static EFFC_INLINE void Store(float* p, const Unit& u) { std::memcpy(p, u.f, sizeof(u.f)); }
+  static EFFC_INLINE void Store(float* p, const Unit& u) { std::memcpy(p, &u, sizeof(u)); }
   static EFFC_INLINE Unit Broadcast(const float* p) {
-    return Make([&](int) { return *p; });
+    return Make([&](auto) EFFC_INLINE_LAMBDA { return Four{*p, *p, *p, *p}; });
   }
-  static EFFC_INLINE Unit Add(const Unit& a, const Unit& b) {
-    return Make([&](int i) { return a.f[i] + b.f[i]; });
+  static EFFC_INLINE Unit Add(const Unit& x, const Unit& y) {
+    return Make([&](auto i) EFFC_INLINE_LAMBDA { return x.v[i] + y.v[i]; });
   }
-  static EFFC_INLINE Unit Mul(const Unit& a, const Unit& b) {
-    return Make([&](int i) { return a.f[i] * b.f[i]; });
+  static EFFC_INLINE Unit Mul(const Unit& x, const Unit& y) {
+    return Make([&](auto i) EFFC_INLINE_LAMBDA { return x.v[i] * y.v[i]; });
   }
-  static EFFC_INLINE Unit MulAdd(const Unit& a, const Unit& b, const Unit& c) {
-    return Make([&](int i) { return a.f[i] * b.f[i] + c.f[i]; });
+  static EFFC_INLINE Unit MulAdd(const Unit& x, const Unit& y, const Unit& z) {
+    return Make([&](auto i) EFFC_INLINE_LAMBDA { return x.v[i] * y.v[i] + z.v[i]; });
   }
   static EFFC_INLINE float Sum(const Unit& u) {
-    float sum = 0;
-    for (const float x : u.f) sum += x;
-    return sum;
+    const Four x = (u.v[0] + u.v[1]) + (u.v[2] + u.v[3]);
+    return (x[0] + x[2]) + (x[1] + x[3]);
   }
   static EFFC_INLINE Unit WidenHalf(const uint16_t* p) {
-    return Make([&](int i) { return HalfToFloat(p[i]); });
+    return MakeLanes([&](int i) { return HalfToFloat(p[i]); });
+  }
+  static EFFC_INLINE Unit WidenHalves(EightHalves a, EightHalves b) {
+    uint16_t halves[16];
+    std::memcpy(halves, &a, 16);
+    std::memcpy(halves + 8, &b, 16);
+    return WidenHalf(halves);
   }
   static EFFC_INLINE Unit WidenBfloat16(const uint16_t* p) {
-    return Make([&](int i) { return Bfloat16ToFloat(p[i]); });
+    return MakeLanes([&](int i) { return Bfloat16ToFloat(p[i]); });
   }
 
   template <int kBits>
@@ -61,7 +75,7 @@ struct Scalar {
       return WidenBfloat16(words);
     }
     constexpr int kMask = (1 << kBits) - 1;
-    return Make([&](int i) { return static_cast<float>(p[i] >> kBits % 8 * kField & kMask); });
+    return MakeLanes([&](int i) { return static_cast<float>(p[i] >> kBits % 8 * kField & kMask); });
   }
 };
 
