@@ -57,9 +57,7 @@ def same_bits(reference: np.ndarray, value: np.ndarray) -> bool:
     if reference.dtype.kind in "OSU":
         return bool(np.array_equal(reference, value))
     bits = np.dtype(f"u{reference.dtype.itemsize}")
-    return bool(
-        np.array_equal(np.ascontiguousarray(reference).view(bits), np.ascontiguousarray(value).view(bits))
-    )
+    return bool(np.array_equal(np.ascontiguousarray(reference).view(bits), np.ascontiguousarray(value).view(bits)))
 
 
 def compare(

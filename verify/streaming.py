@@ -15,6 +15,7 @@ import onnxruntime
 
 from effc.errors import InputError, MissingDependencyError
 from effc.ir.dialect import is_dialect_node
+from effc.ir.dialect.cached_attention import has_no_kernel
 from effc.ir.dialect.inline import inline_dialect
 from effc.ir.rewrite.dataflow import read_values
 from effc.verify.segments import Segment, plan, prepare
@@ -83,8 +84,7 @@ def _executable(model: ir.Model) -> tuple[ir.Model, Path | None]:
     if not any(is_dialect_node(node) for node in copy.graph.all_nodes()):
         return prepare(copy), None
     library = custom_op_library()
-    if library is None:
-        inline_dialect(copy)
+    inline_dialect(copy, has_no_kernel if library is not None else is_dialect_node)
     return prepare(copy), library
 
 
@@ -162,9 +162,7 @@ def _open(
     external = _add_weights(proto.graph, weights, fixed)
     options.add_external_initializers(list(external), list(external.values()))
     try:
-        return onnxruntime.InferenceSession(
-            proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
+        return onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
     except Exception as error:
         raise InputError(_run_message(segment, {name: values[name] for name in segment.inputs}, error)) from error
 
@@ -183,9 +181,7 @@ def _segment_proto(model: ir.Model, segment: Segment, values: Mapping[str, Any])
     return proto
 
 
-def _add_weights(
-    graph: onnx.GraphProto, weights: Mapping[str, ir.TensorProtocol], fixed: set[str]
-) -> dict[str, Any]:
+def _add_weights(graph: onnx.GraphProto, weights: Mapping[str, ir.TensorProtocol], fixed: set[str]) -> dict[str, Any]:
     """Declare the weights: fed ones as inputs, small ones with their content, others as external.
 
     Returns:

@@ -18,6 +18,7 @@ from effc.backends.onnxruntime.external_weights import write_external_weights
 from effc.backends.onnxruntime.interface import cache_layout, ports
 from effc.backends.onnxruntime.last_logits import add_num_logits
 from effc.backends.onnxruntime.portable_weights import use_portable_layouts
+from effc.backends.onnxruntime.static_cache import lower_static_caches
 from effc.backends.onnxruntime.widen_weights import widen_cast_weights
 from effc.errors import MissingDependencyError
 from effc.ir.analysis.weight_memory import weight_memory
@@ -55,6 +56,7 @@ class OnnxRuntimeCpu(Backend):
             infer_dialect_types(lowered.graph)
             raising = CachedAttention()
             raising.apply(lowered, raising.match(lowered).sites)
+            lower_static_caches(lowered)
             add_num_logits(lowered)
         widen_cast_weights(lowered.model)
         RemoveUnusedNodesPass()(lowered.model)

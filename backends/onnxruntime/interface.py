@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import onnx_ir as ir
 
+from effc.backends.onnxruntime.static_cache import is_static_cache
 from effc.ir.analysis.cached_attention import cache_figures, cached_attention_sites, is_cached_attention
 from effc.ir.program import Program
 from effc.runtime.bundle import CacheLayout, CachePort, Port
@@ -18,13 +19,13 @@ def ports(program: Program, values: Iterable[ir.Value]) -> list[Port]:
 
 
 def cache_layout(program: Program) -> CacheLayout | None:
-    """The cache of a program, None when it has none; in place where nothing but our op reads it."""
+    """The cache of a program, None when it has none; in place where only ops that append to it read it."""
     pairs = program.cache_pairs()
     if not pairs:
         return None
     entries = [CachePort(str(past.name), str(present.name), _dtype(past), _shape(past)) for past, present in pairs]
     readers = {use.node for past, _ in pairs for use in past.uses()}
-    in_place = bool(readers) and all(is_cached_attention(node) for node in readers)
+    in_place = bool(readers) and all(is_cached_attention(node) or is_static_cache(node) for node in readers)
     layers = [cache_figures(site) for site in cached_attention_sites(program.graph)]
     return CacheLayout("in-place" if in_place else "growing", entries, layers)
 

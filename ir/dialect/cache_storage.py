@@ -283,6 +283,43 @@ class PageStorage(Storage):
         return codes / elements, 8 * self.page_bytes(sizes) / (self.page * elements)
 
 
+@dataclass(frozen=True)
+class StaticStorage(Storage):
+    """Every token in 8 or 4 bits, with scales that were fixed before: one for each channel of each head.
+
+    Attributes:
+        bits: 8: int8. 4: two channels a byte, the even one in the low nibble, 8 added.
+
+    Raises:
+        InputError: Other bits.
+    """
+
+    kind: ClassVar[str] = "static"
+    bits: int = 8
+
+    def __post_init__(self) -> None:
+        _require(self.bits in (4, 8), f"bits is {self.bits}, static caches have 4 or 8")
+
+    def attributes(self) -> dict[str, int | str | tuple[int, ...]]:
+        """`key_bits` and `value_bits`."""
+        return {"key_bits": (self.bits, self.bits), "value_bits": (self.bits, self.bits)}
+
+    def tensors(self, sizes: HeadSizes) -> tuple[StateTensor, ...]:
+        """`key` and `value`."""
+        for name in ("head_size", "value_size"):
+            size = getattr(sizes, name)
+            _require(self.bits == 8 or size % 2 == 0, f"{name} is {size}, it must be even for 4 bits")
+        dtype = ir.DataType.INT8 if self.bits == 8 else ir.DataType.UINT8
+        return tuple(
+            StateTensor(name, dtype, (BATCH, sizes.kv_heads, PAST, size * self.bits // 8))
+            for name, size in (("key", sizes.head_size), ("value", sizes.value_size))
+        )
+
+    def stored_bits(self, sizes: HeadSizes) -> tuple[float, float]:
+        """The bits; the scales are constants of the engine."""
+        return float(self.bits), float(self.bits)
+
+
 def _groups(lanes: int, group: int) -> int:
     return -(-lanes // group) if group else 1
 

@@ -15,7 +15,7 @@ from onnx_ir.tape import Tape
 
 from effc.errors import InputError
 from effc.ir.dialect.base import DOMAIN, DialectOp
-from effc.ir.dialect.cache_storage import DenseStorage, HeadSizes, PageStorage, Storage
+from effc.ir.dialect.cache_storage import DenseStorage, HeadSizes, PageStorage, StaticStorage, Storage
 
 INT, FLOAT, STRING, INTS = (getattr(ir.AttributeType, name) for name in ("INT", "FLOAT", "STRING", "INTS"))
 OPERANDS = ("query", "key", "value", "valid", "bias", "cos", "sin")
@@ -133,13 +133,17 @@ class CachedAttention(DialectOp):
 
     def body(self, node: ir.Node, tape: Tape) -> Sequence[ir.Value]:
         """Join past and new tokens, attend with a mask, keep what the storage keeps."""
-        storage = cache_storage(node)
-        if not isinstance(storage, DenseStorage):
-            raise InputError(
-                f"node {node.name!r}: CachedAttention with storage={storage.kind} has no body in standard ops, so a "
-                "portable engine cannot have it. Write a native engine, or leave the pass kv-cache out."
-            )
-        return _Body(node, tape, storage).record()
+        from effc.ir.dialect.cached_attention_body import DenseBody, StaticBody
+
+        form, storage = attention_form(node), cache_storage(node)
+        if isinstance(storage, DenseStorage):
+            return DenseBody(node, tape, form, storage).record()
+        if isinstance(storage, StaticStorage):
+            return StaticBody(node, tape, form, storage).record()
+        raise InputError(
+            f"node {node.name!r}: CachedAttention with storage={storage.kind} has no body in standard ops, so a "
+            "portable engine cannot have it. Write a native engine, or leave the pass kv-cache out."
+        )
 
 
 OP = CachedAttention()
@@ -153,6 +157,7 @@ def cached_attention(
     *,
     bias: ir.Value | None = None,
     tables: tuple[ir.Value, ir.Value] | None = None,
+    scales: Sequence[ir.Value] = (),
     name: str | None = None,
 ) -> ir.Node:
     """A new `CachedAttention` node, its outputs typed.
@@ -164,12 +169,13 @@ def cached_attention(
         storage: How it keeps its tokens.
         bias: Added to the scaled scores.
         tables: Cosines and sines of the new tokens, with rotary.
+        scales: Of keys and values, with storage `static`.
         name: Of the node.
 
     Raises:
         InputError: They do not fit each other.
     """
-    inputs = [*operands, bias, *(tables or (None, None)), *past]
+    inputs = [*operands, bias, *(tables or (None, None)), *past, *scales]
     attributes = _attributes(form, storage)
     node = ir.Node(DOMAIN, "CachedAttention", inputs, attributes, num_outputs=1 + len(past), name=name)
     OP.infer(node)
@@ -203,8 +209,11 @@ def cache_storage(node: ir.Node) -> Storage:
         raise InputError("its first cache tensor has no type")
     if kind == DenseStorage.kind:
         return DenseStorage(dtype, of["ring"].as_int())
+    if kind == StaticStorage.kind:
+        return StaticStorage(_one_width(of["key_bits"].as_ints(), of["value_bits"].as_ints()))
     if kind != PageStorage.kind:
-        raise InputError(f"storage is {kind!r}, it must be {DenseStorage.kind} or {PageStorage.kind}")
+        kinds = ", ".join(one.kind for one in (DenseStorage, PageStorage, StaticStorage))
+        raise InputError(f"storage is {kind!r}, it must be one of {kinds}")
     integers = {
         key: of[key].as_int() for key in ("sinks", "recent", "page", "key_group", "value_group", "salient", "window")
     }
@@ -215,8 +224,25 @@ def cache_storage(node: ir.Node) -> Storage:
 
 
 def past_values(node: ir.Node) -> list[ir.Value]:
-    """The tensors of the cache a node reads."""
-    return [value for value in node.inputs[len(OPERANDS) :] if value is not None]
+    """The tensors of the cache a node reads; scales that follow them are not among them."""
+    first = len(OPERANDS)
+    return [value for value in node.inputs[first : first + len(node.outputs) - 1] if value is not None]
+
+
+def scale_values(node: ir.Node) -> list[ir.Value]:
+    """The scales of keys and values of a node with storage `static`; empty for other storages."""
+    return [value for value in node.inputs[len(OPERANDS) + len(node.outputs) - 1 :] if value is not None]
+
+
+def has_no_kernel(node: ir.Node) -> bool:
+    """Whether a node has a form that is always lowered to something else: a cache with static scales."""
+    return node.op_type == OP.name and node.attributes["storage"].as_string() == StaticStorage.kind
+
+
+def _one_width(key_bits: Sequence[int], value_bits: Sequence[int]) -> int:
+    if len(set(key_bits) | set(value_bits)) != 1 or len(key_bits) != 2 or len(value_bits) != 2:
+        raise InputError(f"key_bits is {list(key_bits)} and value_bits {list(value_bits)}, static needs one number")
+    return key_bits[0]
 
 
 def _attributes(form: AttentionForm, storage: Storage) -> list[ir.Attr]:
@@ -271,6 +297,15 @@ def _check_operands(node: ir.Node, form: AttentionForm, storage: Storage) -> Non
         if value.dtype is not None and value.dtype != tensor.dtype:
             raise InputError(f"{tensor.name} is {value.dtype.name}, it must be {tensor.dtype.name}")
         _check_axes(tensor.name, value, tensor.shape)
+    _check_scales(scale_values(node), form, storage)
+
+
+def _check_scales(scales: Sequence[ir.Value], form: AttentionForm, storage: Storage) -> None:
+    wanted = (form.head_size, form.value_size) if isinstance(storage, StaticStorage) else ()
+    if len(scales) != len(wanted):
+        raise InputError(f"storage={storage.kind} has {len(wanted)} scales after its cache, there are {len(scales)}")
+    for name, value, size in zip(("key scale", "value scale"), scales, wanted):
+        _check_axes(name, value, (1, form.kv_heads, 1, size))
 
 
 def _check_axes(name: str, value: ir.Value | None, expected: Sequence[int | str]) -> None:
@@ -283,111 +318,3 @@ def _check_axes(name: str, value: ir.Value | None, expected: Sequence[int | str]
     for actual, wanted in zip(value.shape, expected, strict=True):
         if isinstance(actual, int) and isinstance(wanted, int) and actual != wanted:
             raise InputError(f"{name} is {value.shape}, it must be [{text}]")
-
-
-class _Body:
-    """Records the reference body of one node with storage `dense`."""
-
-    def __init__(self, node: ir.Node, tape: Tape, storage: DenseStorage) -> None:
-        self.node, self.tape, self.storage = node, tape, storage
-        self.form = attention_form(node)
-        query, _, _, valid = node.inputs[:4]
-        self.batch = self._op("Shape", valid, start=0, end=1)
-        self.total = self._op("Shape", valid, start=1, end=2)
-        self.new = self._op("Shape", query, start=1, end=2)
-        self.past = self._op("Sub", self.total, self.new)
-        self.held = self._op("Min", self.past, self._integers(storage.ring)) if storage.ring else self.past
-
-    def record(self) -> list[ir.Value]:
-        """Record everything; the values that take the place of the outputs."""
-        form = self.form
-        query, key, value = self.node.inputs[:3]
-        queries = self._rotated(self._by_heads(query, form.heads, form.head_size))
-        keys = self._rotated(self._by_heads(key, form.kv_heads, form.head_size))
-        values = self._by_heads(value, form.kv_heads, form.value_size)
-        joined = [self._joined(old, new) for old, new in zip(past_values(self.node), (keys, values), strict=True)]
-        attributes = {"scale": form.scale, "softcap": form.softcap}
-        result = self._op("Attention", queries, *joined, self._mask(), **attributes)
-        tokens = self._op("Transpose", result, perm=[0, 2, 1, 3])
-        packed = self._op("Reshape", tokens, self._integers(0, 0, form.heads * form.value_size))
-        present = [self._present(old, new) for old, new in zip(past_values(self.node), (keys, values), strict=True)]
-        return [packed, *present]
-
-    def _op(self, op_type: str, *inputs: ir.Value | None, **attributes: int | float | list[int]) -> ir.Value:
-        return self.tape.op(op_type, list(inputs), attributes)
-
-    def _constant(self, array: np.ndarray) -> ir.Value:
-        return self.tape.op("Constant", [], {"value": ir.Tensor(array, name="constant")})
-
-    def _integers(self, *numbers: int) -> ir.Value:
-        return self._constant(np.array(numbers, np.int64))
-
-    def _by_heads(self, value: ir.Value | None, heads: int, size: int) -> ir.Value:
-        split = self._op("Reshape", value, self._integers(0, 0, heads, size))
-        return self._op("Transpose", split, perm=[0, 2, 1, 3])
-
-    def _rotated(self, value: ir.Value) -> ir.Value:
-        form = self.form
-        if form.rotary == "none":
-            return value
-        rows = self._op("Concat", self.batch, self.new, self._integers(form.rotary_size // 2), axis=0)
-        tables = [self._op("Expand", table, rows) for table in self.node.inputs[5:7]]
-        partial = form.rotary_size if form.rotary_size < form.head_size else 0
-        interleaved = int(form.rotary == "interleaved")
-        return self._op("RotaryEmbedding", value, *tables, interleaved=interleaved, rotary_embedding_dim=partial)
-
-    def _slots(self, start: ir.Value, end: ir.Value) -> ir.Value:
-        """`start`, …, `end - 1` from two integers [1]."""
-        scalar = self._constant(np.array([], np.int64))
-        bounds = [self._op("Reshape", bound, scalar) for bound in (start, end)]
-        return self._op("Range", *bounds, self._constant(np.array(1, np.int64)))
-
-    def _joined(self, old: ir.Value, new: ir.Value) -> ir.Value:
-        """Cached tokens in the order of their slots and the new ones, in fp32."""
-        if self.storage.ring:
-            slots = self._slots(self._op("Sub", self.past, self.held), self.past)
-            cached = self._op("Gather", old, self._op("Mod", slots, self._integers(self.storage.ring)), axis=2)
-        else:
-            cached = self._op("Slice", old, self._integers(0), self.past, self._integers(2))
-        return self._op("Concat", self._op("Cast", cached, to=int(ir.DataType.FLOAT)), new, axis=2)
-
-    def _mask(self) -> ir.Value:
-        """Which of the joined tokens each query sees, boolean, or the bias with -inf elsewhere."""
-        bias, first = self.node.inputs[4], self._op("Sub", self.past, self.held)
-        valid = self._last(self.node.inputs[3], first, 1)
-        seen = self._op("Unsqueeze", valid, self._integers(1, 2))
-        queries = self._op("Unsqueeze", self._slots(self.past, self.total), self._integers(1))
-        keys = self._slots(first, self.total)
-        if self.form.causal:
-            seen = self._op("And", seen, self._op("LessOrEqual", keys, queries))
-        if self.form.window:
-            oldest = self._op("Sub", queries, self._integers(self.form.window))
-            seen = self._op("And", seen, self._op("Greater", keys, oldest))
-        if bias is not None:
-            return self._op("Where", seen, self._last(bias, first, 3), self._constant(np.array(-np.inf, np.float32)))
-        rows = self._op("Concat", self._integers(1, 1), self.new, self._integers(1), axis=0)
-        return self._op("Expand", seen, rows)
-
-    def _last(self, value: ir.Value | None, first: ir.Value, axis: int) -> ir.Value:
-        """The part of an axis of slots that is at hand."""
-        if not self.storage.ring:
-            assert value is not None
-            return value
-        return self._op("Slice", value, first, self.total, self._integers(axis))
-
-    def _present(self, old: ir.Value, new: ir.Value) -> ir.Value:
-        """The cache with the new tokens in it."""
-        stored = self._op("Cast", new, to=int(self.storage.dtype))
-        axis = self._integers(2)
-        if not self.storage.ring:
-            end = self._integers(np.iinfo(np.int64).max)
-            kept = self._op("Slice", old, self._integers(0), self.past, axis)
-            spare = self._op("Slice", old, self.total, end, axis)
-            return self._op("Concat", kept, stored, spare, axis=2)
-        ring = self._integers(self.storage.ring)
-        places = self._integers(*range(self.storage.ring))
-        newest = self._op("Sub", self.total, self._integers(1))
-        slots = self._op("Sub", newest, self._op("Mod", self._op("Sub", newest, places), ring))
-        fresh = self._op("Add", self._op("Sub", slots, self.past), ring)
-        chosen = self._op("Where", self._op("GreaterOrEqual", slots, self.past), fresh, places)
-        return self._op("Gather", self._op("Concat", old, stored, axis=2), chosen, axis=2)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import onnx_ir as ir
 from onnx_ir.tape import Tape
 
@@ -10,8 +12,12 @@ from effc.ir.dialect.base import DOMAIN
 from effc.ir.weights import tensor_shape
 
 
-def inline_dialect(model: ir.Model) -> int:
-    """Replace every dialect node by its reference body; equal constants become one initializer.
+def inline_dialect(model: ir.Model, wanted: Callable[[ir.Node], bool] = is_dialect_node) -> int:
+    """Replace dialect nodes by their reference bodies; equal constants become one initializer.
+
+    Args:
+        model: Its main graph and subgraphs are edited.
+        wanted: Which of its nodes; all of the dialect.
 
     Returns:
         Number of nodes replaced.
@@ -22,7 +28,7 @@ def inline_dialect(model: ir.Model) -> int:
     shared: dict[tuple[str, bytes, tuple[int, ...]], ir.Value] = {}
     count = 0
     for node in list(model.graph.all_nodes()):
-        if not is_dialect_node(node):
+        if not is_dialect_node(node) or not wanted(node):
             continue
         tape = Tape()
         results = dialect_op(node.op_type).body(node, tape)
@@ -34,7 +40,8 @@ def inline_dialect(model: ir.Model) -> int:
             if new.op_type == "Constant":
                 _share_constant(model.graph, new, shared)
         count += 1
-    model.opset_imports.pop(DOMAIN, None)
+    if not any(is_dialect_node(node) for node in model.graph.all_nodes()):
+        model.opset_imports.pop(DOMAIN, None)
     return count
 
 

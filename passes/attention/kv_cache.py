@@ -5,16 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from effc.errors import InputError, UsageError
 from effc.ir.analysis.cached_attention import CachedAttentionSite, cache_figures, cached_attention_sites
-from effc.ir.dialect.cache_storage import BITS, LANE_BLOCK, DenseStorage, Storage
+from effc.ir.dialect.cache_storage import BITS, LANE_BLOCK, DenseStorage, StaticStorage, Storage
 from effc.ir.program import Program
 from effc.passes.attention.cache_schemes import DTYPES, SCHEMES, Scheme
 from effc.passes.attention.cached_attention import CachedAttention
+from effc.passes.attention.static_scales import Scales, measured_scales, read_scales
 from effc.passes.attention.storage_change import change_storage
 from effc.passes.base import Contract, LeftAlone, Match, Pass, PassReport, Site
+
+STATIC_BITS = {"int8": 8, "int4": 4}
+"""Schemes with a native form."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,10 @@ class KvCache(Pass):
         window_layers: `ring`: layers with a window keep it whole, in `dtype`. `quantize`: they get pages too.
         first: Layers at the start that are left alone.
         last: Layers at the end that are left alone.
+        native: `int8` and `int4` only: fixed scales for each channel, for targets whose own attention has such caches
+            (onnxruntime's GroupQueryAttention). Every token is quantized, with the scales of calibration data
+            (`--calibrate`). Layers with a window keep every token.
+        scales: `.npz` file with scales of your own for `native`: `key.N` and `value.N`, [kv heads, head size].
         skip: Glob patterns of layers to leave alone, joined by `|`, such as `*layer?3`.
     """
 
@@ -69,7 +78,14 @@ class KvCache(Pass):
     window_layers: Literal["ring", "quantize"] = "ring"
     first: int = field(default=0, metadata={"range": "0 or more"})
     last: int = field(default=0, metadata={"range": "0 or more"})
+    native: bool = False
+    scales: str | None = None
     skip: tuple[str, ...] = ()
+
+    @property
+    def uses_calibration(self) -> bool:  # type: ignore[override]
+        """Static scales are measured, where they are not given."""
+        return self.native and self.scales is None
 
     def __post_init__(self) -> None:
         self._check_numbers()
@@ -82,7 +98,7 @@ class KvCache(Pass):
 
     def requires(self) -> Sequence[Pass]:
         """Attention and its cache must be one op."""
-        return (CachedAttention(),)
+        return (CachedAttention(ring="off" if self.native else "auto"),)
 
     def match(self, program: Program) -> Match:
         """Find every layer whose cache the scheme takes."""
@@ -98,10 +114,18 @@ class KvCache(Pass):
 
     def apply(self, program: Program, sites: Sequence[Site]) -> PassReport:
         """Give every site its storage."""
-        for site in sites:
-            change_storage(*site.payload)
+        scales = self._scales(program, [site.payload[0] for site in sites]) if self.native else [None] * len(sites)
+        for site, constants in zip(sites, scales, strict=True):
+            change_storage(*site.payload, constants)
         layers = [cache_figures(site) for site in cached_attention_sites(program.graph)]
         return PassReport([site.name for site in sites], details={"cache": layers})
+
+    def _scales(self, program: Program, sites: Sequence[CachedAttentionSite]) -> Sequence[Scales]:
+        if self.scales is None:
+            return measured_scales(program, sites, STATIC_BITS[self.scheme])
+        every = cached_attention_sites(program.graph)
+        given = dict(zip([site.node for site in every], read_scales(Path(self.scales), every), strict=True))
+        return [given[site.node] for site in sites]
 
     def _check_numbers(self) -> None:
         limits = {"sinks": (0, 1024), "recent": (0, 4096), "first": (0, 10**6), "last": (0, 10**6)}
@@ -123,6 +147,12 @@ class KvCache(Pass):
             ignored.add("bits")
         if self.scheme == "dense":
             ignored |= {"sinks", "recent", "page"}
+        if self.native:
+            if self.scheme not in STATIC_BITS:
+                raise UsageError(f"scheme={self.scheme} is never native. Take int8 or int4, or leave `native` out.")
+            ignored |= {"sinks", "recent", "page"}
+        elif self.scales is not None:
+            raise UsageError("scales are for `native=true`; other caches make their own as they go.")
         given = sorted(name for name in ignored if getattr(self, name) is not None)
         if given:
             raise UsageError(f"scheme={self.scheme} has no {given[0].replace('_', '-')}. Leave the option out.")
@@ -143,6 +173,8 @@ class KvCache(Pass):
         return replace(SCHEMES[self.scheme], **{name: value for name, value in options.items() if value is not None})
 
     def _storage(self, site: CachedAttentionSite) -> Storage:
+        if self.native:
+            return StaticStorage(STATIC_BITS[self.scheme])
         dtype, window = DTYPES[self.dtype], site.form.window
         keeps_window = bool(window) and self.window_layers == "ring"
         if self.scheme == "dense" or keeps_window:
@@ -167,6 +199,20 @@ class KvCache(Pass):
         if site.node.inputs[4] is not None:
             return "its mask is only known as numbers added to the scores, so padding cannot be told from tokens"
         sizes = (site.form.head_size, site.form.value_size)
+        if self.native:
+            return _reason_against_static(site)
         if any(size % LANE_BLOCK for size in sizes):
             return f"its heads have {sizes[0]} and {sizes[1]} elements, pages take multiples of {LANE_BLOCK}"
         return ""
+
+
+def _reason_against_static(site: CachedAttentionSite) -> str:
+    """Why a layer cannot have static scales; empty when it can."""
+    form = site.form
+    if form.head_size != form.value_size or form.head_size % 2:
+        return f"its heads have {form.head_size} and {form.value_size} elements, static scales take one even number"
+    if form.rotary != "none":
+        return "it rotates its keys itself; leave rotary=inside out of cached-attention"
+    if isinstance(site.storage, DenseStorage) and site.storage.ring:
+        return "its cache is a ring; run cached-attention{ring=off} before"
+    return ""

@@ -9,14 +9,16 @@ import onnx_ir as ir
 from effc.ir.analysis.cached_attention import CachedAttentionSite
 from effc.ir.dialect.cache_storage import Storage
 from effc.ir.dialect.cached_attention import cached_attention
+from effc.passes.attention.static_scales import Scales, scale_tensors
 
 
-def change_storage(site: CachedAttentionSite, storage: Storage) -> ir.Node:
+def change_storage(site: CachedAttentionSite, storage: Storage, scales: Scales | None = None) -> ir.Node:
     """Replace the node; the tensors of its cache take the place of the old ones among inputs and outputs.
 
     Args:
         site: The attention; every tensor of its cache is an input, or an output, of the graph and read by it alone.
         storage: How it is to keep its tokens.
+        scales: Of a static storage.
 
     Returns:
         The new node.
@@ -27,8 +29,9 @@ def change_storage(site: CachedAttentionSite, storage: Storage) -> ir.Node:
     assert query is not None and key is not None and value is not None and valid is not None
     past = _inputs(site, storage)
     tables = (cos, sin) if cos is not None and sin is not None else None
+    constants = scale_tensors(graph, _prefix(site.past[0]), scales) if scales is not None else []
     new = cached_attention(
-        [query, key, value, valid], past, site.form, storage, bias=bias, tables=tables, name=node.name
+        [query, key, value, valid], past, site.form, storage, bias=bias, tables=tables, scales=constants, name=node.name
     )
     graph.insert_before(node, new)
     _take_places(graph.inputs, site.past, past)

@@ -284,7 +284,7 @@ BREAKS = [
     ("window", ir.AttrInt64("window", -1), "window finite and not negative"),
     ("rotary", ir.AttrString("rotary", "full"), "rotary is 'full', it must be one of none, half, interleaved"),
     ("rotary_size", ir.AttrInt64("rotary_size", 4), "rotary_size is 4, it must be even and at most head_size"),
-    ("storage", ir.AttrString("storage", "lost"), "storage is 'lost', it must be dense or pages"),
+    ("storage", ir.AttrString("storage", "lost"), "storage is 'lost', it must be one of dense, pages, static"),
     ("ring", ir.AttrInt64("ring", 4), "a ring of 4 places needs a window from 1 to 4, it is 0"),
     ("head_size", ir.AttrInt64("head_size", 16), r"query is \[batch,seq,32\], it must be \[batch, seq, 64\]"),
     ("scale", ir.AttrInt64("scale", 1), "'scale' of CachedAttention is INT, it must be FLOAT"),

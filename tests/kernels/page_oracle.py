@@ -25,9 +25,9 @@ def f16_below(x: Array) -> Array:
 
 
 def f16_above(x: Array) -> Array:
-    """The smallest float16 not below x."""
+    """The smallest float16 not below x; 0 is positive."""
     near = np.asarray(x, F32).astype(F16)
-    return np.where(near.astype(F32) < x, np.nextafter(near, F16(np.inf)), near).astype(F16)
+    return np.where(near.astype(F32) < x, np.nextafter(near, F16(np.inf)), near).astype(F16) + F16(0)
 
 
 def bf16_above(x: Array) -> Array:
