@@ -68,15 +68,13 @@ class _Step:
             node, "Unsqueeze", [insert_value(node, "Range", [*scalars, one]), new_integers(graph, 1)]
         )
         keys = insert_value(node, "Range", [zero, scalars[1], one])
-        seen = insert_value(node, "LessOrEqual" if site.form.causal else "Less", [
-            keys, queries if site.form.causal else scalars[1]
-        ])  # fmt: skip
+        if site.form.causal:
+            seen = insert_value(node, "LessOrEqual", [keys, queries])
+        else:
+            seen = insert_value(node, "GreaterOrEqual", [queries, zero])
         if site.form.window:
             oldest = insert_value(node, "Sub", [queries, new_integers(graph, site.form.window)])
             seen = insert_value(node, "And", [seen, insert_value(node, "Greater", [keys, oldest])])
-        if not site.form.causal and not site.form.window:
-            rows = insert_value(node, "Equal", [queries, queries])
-            seen = insert_value(node, "And", [seen, rows])
         tokens = insert_value(node, "Unsqueeze", [valid, new_integers(graph, 1, 2)])
         seen = insert_value(node, "And", [seen, tokens])
         keep, drop = (new_constant(graph, np.array(number, np.float32)) for number in (0.0, HIDDEN))
@@ -88,7 +86,7 @@ def _lower(site: CachedAttentionSite, step: _Step) -> None:
     assert isinstance(storage, StaticStorage) and node.graph is not None
     inputs = [*node.inputs[:3], *site.past, step.last, step.total, *(None,) * 3, step.bias, None, *scale_values(node)]
     inputs += [None, None, step.new] if step.new is not None else []
-    attributes = {
+    attributes: dict[str, int | float | str] = {
         "num_heads": form.heads,
         "kv_num_heads": form.kv_heads,
         "causal": int(form.causal),

@@ -116,7 +116,8 @@ class KvCache(Pass):
         """Give every site its storage."""
         scales = self._scales(program, [site.payload[0] for site in sites]) if self.native else [None] * len(sites)
         for site, constants in zip(sites, scales, strict=True):
-            change_storage(*site.payload, constants)
+            attention, storage = site.payload
+            change_storage(attention, storage, constants)
         layers = [cache_figures(site) for site in cached_attention_sites(program.graph)]
         return PassReport([site.name for site in sites], details={"cache": layers})
 

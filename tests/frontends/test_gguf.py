@@ -80,9 +80,10 @@ def test_quantised_weights_equal_those_of_transformers(tmp_path):
         assert exact.graph.initializers[name].const_value.numpy().tobytes() == values.tobytes(), name
         stored = rounded.graph.initializers[name].const_value
         assert stored.dtype is (ir.DataType.BFLOAT16 if values.ndim == 2 else ir.DataType.FLOAT)
-        assert stored.numpy().astype(np.float32).tobytes() == (
-            values.astype(ml_dtypes.bfloat16).astype(np.float32) if values.ndim == 2 else values
-        ).tobytes()
+        assert (
+            stored.numpy().astype(np.float32).tobytes()
+            == (values.astype(ml_dtypes.bfloat16).astype(np.float32) if values.ndim == 2 else values).tobytes()
+        )
     assert any("15 Q8_0) are dequantised to bfloat16, rounded to nearest even" in note for note in rounded.source.notes)
     assert any(note.startswith("Compared with torch") for note in exact.source.notes)
     assert any("gives no tokenizer" in note for note in exact.source.notes)

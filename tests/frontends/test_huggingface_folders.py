@@ -63,9 +63,7 @@ def test_weights_keep_their_names_shapes_and_bytes(folder):
     assert program.model.opset_imports[""] == 24
 
 
-@pytest.mark.parametrize(
-    ("dtype", "element"), [("bfloat16", ir.DataType.BFLOAT16), ("float16", ir.DataType.FLOAT16)]
-)
+@pytest.mark.parametrize(("dtype", "element"), [("bfloat16", ir.DataType.BFLOAT16), ("float16", ir.DataType.FLOAT16)])
 def test_half_precision_stays_stored_and_is_cast_for_computing(save, dtype, element):
     folder = save(llama().to(getattr(torch, dtype)))
     program = import_model(folder)

@@ -37,9 +37,7 @@ CAUSAL = {
         t.Qwen3MoeConfig(**SMALL, head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
     ),
     "phi3": lambda: t.Phi3ForCausalLM(t.Phi3Config(**SMALL, eos_token_id=1, bos_token_id=1)),
-    "gpt2": lambda: t.GPT2LMHeadModel(
-        t.GPT2Config(vocab_size=101, n_embd=32, n_layer=2, n_head=4, n_positions=300)
-    ),
+    "gpt2": lambda: t.GPT2LMHeadModel(t.GPT2Config(vocab_size=101, n_embd=32, n_layer=2, n_head=4, n_positions=300)),
     "opt": lambda: t.OPTForCausalLM(
         t.OPTConfig(
             vocab_size=101,

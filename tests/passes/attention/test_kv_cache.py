@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
 import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 
 from effc import kernels
+from effc.backends.onnxruntime.static_cache import lower_static_caches
 from effc.errors import UsageError
 from effc.ir.analysis.cached_attention import cached_attention_sites
-from effc.ir.dialect.cache_storage import DenseStorage, PageStorage
-from effc.ir.dialect.cached_attention import AttentionForm, cached_attention
+from effc.ir.dialect.cache_storage import DenseStorage, PageStorage, StaticStorage
+from effc.ir.dialect.cached_attention import AttentionForm, cached_attention, scale_values
+from effc.ir.dialect.inline import inline_dialect
 from effc.ir.program import Program, Source, Task
 from effc.passes.attention.kv_cache import KvCache
 from effc.passes.pipeline_text import format_pipeline, parse_pipeline
@@ -227,3 +233,105 @@ def test_close_to_the_dense_cache(options: KvCache, tolerance: float, window: in
     expected, found = run_steps(program, steps), run_steps(changed(program, options), steps)
     error = np.sqrt(np.mean((expected - found) ** 2)) / np.sqrt(np.mean(expected**2))
     assert 0 < error < tolerance
+
+
+class Observed:
+    """Calibration data that are one window of given values."""
+
+    digest = "0"
+
+    def __init__(self, values: dict[str, np.ndarray]) -> None:
+        self.values = values
+
+    def observe(self, program: Program, names: Sequence[str]) -> Iterator[dict[str, np.ndarray]]:
+        for _ in range(2):
+            yield {name: self.values[name] for name in names}
+
+
+def native(scheme: Literal["int8", "int4"]) -> tuple[Program, dict[str, np.ndarray]]:
+    """A decoder with static scales measured on normal numbers, and those numbers."""
+    program = decoder(2, windows=(0, 150), ring=False)
+    draw = np.random.default_rng(3)
+    values = {name: draw.standard_normal((1, 400, KV_HEADS * SIZE)).astype(np.float32) for name in ("k", "v")}
+    program.calibration = Observed(values)
+    return changed(program, KvCache(scheme, native=True)), values
+
+
+@pytest.mark.parametrize(("scheme", "top"), [("int8", 127), ("int4", 7)])
+def test_static_scales_are_measured(scheme: Literal["int8", "int4"], top: int) -> None:
+    program, values = native(scheme)
+    for site in cached_attention_sites(program.graph):
+        for value, name in zip(scale_values(site.node), ("k", "v"), strict=True):
+            assert value.const_value is not None
+            most = np.abs(values[name].reshape(-1, KV_HEADS, SIZE)).max(axis=0)
+            np.testing.assert_allclose(value.const_value.numpy()[0, :, 0], most / top, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("scheme", "tolerance"), [("int8", 0.04), ("int4", 0.3)])
+def test_static_caches_run_in_onnxruntime_as_in_their_body(scheme: Literal["int8", "int4"], tolerance: float) -> None:
+    program, _ = native(scheme)
+    lowered, body = program.clone(), program.clone()
+    assert lower_static_caches(lowered) == 2
+    inline_dialect(body.model)
+    steps = [5, 64, 1, 1, 120, 1]
+    exact = run_steps(decoder(2, windows=(0, 150), ring=False), steps)
+    found, expected = (run_steps(one, steps) for one in (lowered, body))
+    seen = np.ones(exact.shape[:2], bool)
+    seen[1, :7] = False
+    np.testing.assert_allclose(found[seen], expected[seen], atol=2e-5)
+    error = np.sqrt(np.mean((exact - found)[seen] ** 2)) / np.sqrt(np.mean(exact[seen] ** 2))
+    assert 0 < error < tolerance
+
+
+def test_static_scales_of_rotated_keys_bound_every_position() -> None:
+    """Both channels of a pair take the length of the pair."""
+    program = decoder()
+    (node,) = program.graph
+    key = node.inputs[1]
+    assert key is not None
+    tables = [ir.Value(name=name, type=ir.TensorType(ir.DataType.FLOAT)) for name in ("cos", "sin")]
+    attributes = {"interleaved": 0, "num_heads": KV_HEADS}
+    rotation = ir.node("RotaryEmbedding", [key, *tables], attributes, name="rotation")
+    rotation.outputs[0].name, rotation.outputs[0].shape, rotation.outputs[0].type = "rotated", key.shape, key.type
+    program.graph.inputs.extend(tables)
+    program.graph.insert_before(node, rotation)
+    node.replace_input_with(1, rotation.outputs[0])
+    keys = np.zeros((1, 2, KV_HEADS * SIZE), np.float32)
+    keys[0, 0, 0], keys[0, 0, SIZE // 2] = 3, 4
+    program.calibration = Observed({"rotated": keys, "v": np.ones_like(keys)})
+    (site,) = cached_attention_sites(changed(program, KvCache("int8", native=True)).graph)
+    scale = scale_values(site.node)[0].const_value
+    assert scale is not None
+    assert [scale.numpy()[0, 0, 0, place] * 127 for place in (0, SIZE // 2)] == pytest.approx([5, 5])
+
+
+def test_native_needs_data() -> None:
+    options = KvCache("int8", native=True)
+    assert options.uses_calibration
+    assert not KvCache("int8").uses_calibration
+    with pytest.raises(UsageError, match="--calibrate"):
+        changed(decoder(ring=False), options)
+    with pytest.raises(UsageError, match="never native"):
+        KvCache("kivi", native=True)
+
+
+def test_scales_of_the_user(tmp_path: Path) -> None:
+    path = tmp_path / "scales.npz"
+    options = KvCache("int4", native=True, scales=str(path))
+    program = decoder(ring=False)
+    shape = (KV_HEADS, SIZE)
+    for arrays, words in (
+        ({}, "no array 'key.0'"),
+        ({"key.0": np.ones(shape, np.float32), "value.0": np.ones(shape, np.float32)}, "every scale is 1.0"),
+        ({"key.0": np.ones((2, 3), np.float32), "value.0": np.ones(shape, np.float32)}, "it must be float32"),
+        ({"key.0": np.full(shape, np.nan, np.float32), "value.0": np.ones(shape, np.float32)}, "not positive"),
+    ):
+        np.savez(path, **arrays)
+        with pytest.raises(UsageError, match=words):
+            changed(program, options)
+    path.write_bytes(b"no zip")
+    with pytest.raises(UsageError, match="cannot be read as scales"):
+        changed(program, options)
+    np.savez(path, **{"key.0": np.full(shape, 0.5, np.float32), "value.0": np.full(shape, 0.25, np.float32)})
+    (storage,) = storages(changed(program, options))
+    assert storage == StaticStorage(4)
