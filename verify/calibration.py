@@ -14,8 +14,8 @@ import onnx_ir as ir
 
 from effc.errors import InputError
 from effc.ir.program import Program
-from effc.ir.rewrite.edit import remove_dead
 from effc.verify.calibration_windows import Window, open_windows
+from effc.verify.cut import cut_to
 from effc.verify.inputs import FeedShape, Interface, make_feed
 from effc.verify.snapshot import program_interface
 from effc.verify.streaming import DEFAULT_LIMIT, evaluate
@@ -59,7 +59,7 @@ class FileCalibration:
 
     def observe(self, program: Program, names: Sequence[str]) -> Iterator[Mapping[str, np.ndarray]]:
         """Run the program on every window; see `effc.ir.calibration.Calibration.observe`."""
-        model = _cut_to(program.model, names)
+        model = cut_to(program.model, names)
         interface = program_interface(program)
         windows = open_windows(self.path, self.interface, self.tokens, WINDOW)
         feeds = ((window.length, _feed(interface, window)) for window in windows)
@@ -92,24 +92,6 @@ def open_calibration(path: Path, program: Program, *, tokens: int = DEFAULT_TOKE
     if not count:
         raise InputError(f"{path}: has no data to calibrate on. Give a file with content.")
     return FileCalibration(path, tokens, interface, digest.hexdigest(), count, used)
-
-
-def _cut_to(model: ir.Model, names: Sequence[str]) -> ir.Model:
-    """A copy that gives the named values and computes nothing else.
-
-    Raises:
-        InputError: There is no such value.
-    """
-    copy = model.clone()
-    graph = copy.graph
-    values = {value.name: value for node in graph for value in node.outputs}
-    values.update({value.name: value for value in (*graph.inputs, *graph.initializers.values())})
-    missing = [name for name in names if name not in values]
-    if missing:
-        raise InputError(f"the graph has no value {', '.join(map(repr, missing))} to calibrate on.")
-    graph.outputs[:] = [values[name] for name in dict.fromkeys(names)]
-    remove_dead(graph)
-    return copy
 
 
 def _feed(interface: Interface, window: Window) -> dict[str, np.ndarray]:

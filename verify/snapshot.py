@@ -12,6 +12,7 @@ import onnx_ir as ir
 from effc.errors import InputError
 from effc.ir.program import Program, Task
 from effc.runtime.bundle import Port
+from effc.verify.cut import cut_to
 from effc.verify.inputs import (
     FeedShape,
     Interface,
@@ -84,7 +85,8 @@ class Snapshot:
             {**token_columns(whole, 0, shape.past), **empty_cache(self.interface, shape.batch)}
             for whole, shape in zip(wholes, shapes, strict=True)
         ]
-        outputs = evaluate(self.model, firsts, limit=self.limit)
+        carried = cut_to(self.model, [present for _, present in self._carried])
+        outputs = evaluate(carried, firsts, limit=self.limit)
         return [
             {
                 **token_columns(whole, shape.past, shape.past + shape.seq),
