@@ -256,3 +256,18 @@ def test_a_damaged_exact_buffer_is_refused(tensor: int) -> None:
     past[tensor][0, 1, 9, 3] = np.nan
     with pytest.raises(Exception, match="the attention of row 0, head 2"):
         model.run(part_of(feeds, 20, 80), past)
+
+
+@pytest.mark.parametrize("name", ["int8", "int4", "zipcache", "mikv"])
+def test_the_order_of_pages_does_not_matter(name: str, isa: str) -> None:
+    feeds, pages = make_feeds(GQA, 1, 400), STORAGES[name]
+    past = PagedCache(GQA, pages, BF16, 1).empty()
+    model = open_pages(GQA, pages, past)
+    _, past = model.run(part_of(feeds, 0, 399), past)
+    full = pages.pages(399)
+    assert full > 5
+    shuffled = [array.copy() for array in past]
+    order = np.random.default_rng(4).permutation(full)
+    shuffled[2][:, :, :full] = past[2][:, :, order]
+    outputs = [model.run(part_of(feeds, 399, 400), cache)[0] for cache in (past, shuffled)]
+    np.testing.assert_allclose(outputs[1], outputs[0], atol=1e-6)
