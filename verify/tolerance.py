@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from effc.ir.analysis.cached_attention import cached_attention_sites
 from effc.ir.rewrite.dataflow import read_values
 
 CONTRACTIONS = {
@@ -66,11 +67,14 @@ def contraction_depth(graph: ir.Graph) -> int:
 
 
 def _compute_dtypes(graph: ir.Graph) -> set[ir.DataType]:
+    """Float types of inputs, outputs and sums; a cache is only stored in its type."""
+    caches = {value for site in cached_attention_sites(graph) for value in (*site.past, *site.node.outputs[1:])}
     values = [*graph.inputs, *graph.outputs]
     for node in graph:
         if (node.domain, node.op_type) in CONTRACTIONS:
             values += node.outputs
-    return {value.dtype for value in values if value.dtype is not None and value.dtype.is_floating_point()}
+    kept = (value for value in values if value not in caches)
+    return {value.dtype for value in kept if value.dtype is not None and value.dtype.is_floating_point()}
 
 
 def _longest_sum(graph: ir.Graph) -> int:

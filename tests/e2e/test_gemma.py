@@ -15,6 +15,7 @@ import effc
 from effc import kernels
 from effc.compiler import OptimizeResult, reference_engine
 from effc.verify.evaluation import verify_engine
+from effc.verify.steps import token_feed
 
 pytestmark = pytest.mark.slow
 
@@ -86,3 +87,40 @@ def test_it_writes_text(coded: OptimizeResult) -> None:
     with effc.load(_folder(coded)) as engine:
         text = engine.generate("The capital of France is", max_new_tokens=20)[0].text
     assert "France" in text
+
+
+def test_a_long_generation_is_that_of_the_source_without_a_cache(coded: OptimizeResult, gemma_gguf: Path) -> None:
+    """1,200 tokens, past the windows of 512: the logits of one pass over all of them, from an empty cache."""
+    with effc.load(_folder(coded)) as engine, effc.load(reference_engine(gemma_gguf)) as plain:
+        prompt = engine.tokenizer.encode("The history of the lighthouse begins with")
+        (row,) = engine.generate([prompt], max_new_tokens=1200)
+        ids = np.array([[*prompt, *row.token_ids]])
+        logits = plain.run(token_feed(plain, ids, 0))["logits"][0, len(prompt) - 1 : -1]
+    chosen = logits[np.arange(len(row.token_ids)), row.token_ids]
+    assert (chosen >= logits.max(axis=1) - 1e-3).all()
+
+
+def test_a_prompt_of_4096_tokens_in_chunks_is_the_whole(coded: OptimizeResult) -> None:
+    ids = np.random.default_rng(3).integers(0, 262144, (1, 4096))
+    with effc.load(_folder(coded)) as engine:
+        last = []
+        for chunk in (4096, 512, 64):
+            state = engine.new_state(1, max_length=4096)
+            for start in range(0, 4096, chunk):
+                feed = token_feed(engine, ids[:, start : start + chunk], start)
+                logits = state.run(feed, ["logits"], num_logits=1)["logits"][0, -1]
+            last.append(logits)
+    scale = np.sqrt(np.mean(np.square(last[0])))
+    for found in last[1:]:
+        assert np.abs(found - last[0]).max() < 1e-4 * scale
+
+
+@pytest.mark.parametrize(("scheme", "ratio"), [("int8", 1.002), ("int4", 1.02), ("zipcache", 1.05)])
+def test_perplexity_with_a_quantized_cache(
+    scheme: str, ratio: float, coded: OptimizeResult, gemma_gguf: Path, tmp_path: Path
+) -> None:
+    passes = f"lossless-weights,kv-cache{{scheme={scheme}}}"
+    effc.optimize(gemma_gguf, tmp_path / "engine", passes=passes, check=False)
+    with effc.load(tmp_path / "engine") as engine, effc.load(_folder(coded)) as dense:
+        figures = verify_engine(engine, dense, tokens=4096, context=4096)
+    assert figures["perplexity"]["ratio"] <= ratio

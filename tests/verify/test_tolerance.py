@@ -3,6 +3,8 @@ import onnx_ir as ir
 import pytest
 from verify_models import causal_lm
 
+from effc.ir.dialect.cache_storage import DenseStorage
+from effc.ir.dialect.cached_attention import AttentionForm, cached_attention
 from effc.verify.inputs import FeedShape
 from effc.verify.snapshot import Snapshot
 from effc.verify.tolerance import contraction_depth, equivalence_tolerance
@@ -38,3 +40,15 @@ def test_a_reordered_sum_stays_inside_and_a_changed_weight_does_not() -> None:
     distance = np.abs(expected - outputs).max() / np.sqrt(np.mean(expected**2))
     assert 0 < distance < bound / 2
     assert bound < 1e-4
+
+
+def test_the_type_a_cache_is_stored_in_is_not_computed_in() -> None:
+    def value(name: str, dtype: ir.DataType, *shape: int | str) -> ir.Value:
+        return ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
+
+    operands = [value(name, ir.DataType.FLOAT, "batch", "seq", 16) for name in "qkv"]
+    operands.append(value("valid", ir.DataType.BOOL, "batch", "total"))
+    past = [value(name, ir.DataType.BFLOAT16, "batch", 1, "past", 16) for name in ("key", "value")]
+    node = cached_attention(operands, past, AttentionForm(1, 1, 16, 16, 0.25), DenseStorage(ir.DataType.BFLOAT16))
+    graph = ir.Graph([*operands, *past], node.outputs, nodes=[node], name="attention")
+    assert equivalence_tolerance(graph).roundoff == 2.0**-24
