@@ -147,6 +147,15 @@ def test_reasons(program: Program, reason: str) -> None:
     assert [item.reason for item in match.left] == [reason]
 
 
+def test_a_model_without_a_cache() -> None:
+    query = ir.Value(name="q", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(["batch", 4]))
+    other = ir.node("Relu", [query])
+    graph = ir.Graph([query], other.outputs, nodes=[other], opset_imports={"": 24}, name="plain")
+    match = KvCache().match(Program(ir.Model(graph, ir_version=11), Task.GENERIC, Source("memory", "plain")))
+    assert not match.sites
+    assert [item.reason for item in match.left] == ["it has no attention with a cache"]
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
