@@ -3,3 +3,5 @@
 set -eu
 cd "$(dirname "$0")"
 python kernels/coded_matmul.py "$@"
+python kernels/cached_attention.py
+python kernels/kv_page.py
