@@ -255,7 +255,7 @@ class PageStorage(Storage):
         keys, values = sizes.head_size, sizes.value_size
         parts = {}
         if self.two_classes:
-            parts["order"] = self.page
+            parts["classes"] = -(-self.page // 8)
         if self.value_scheme == "separable":
             parts["value factor"] = 2 * values
         if self.key_scheme == "balanced":

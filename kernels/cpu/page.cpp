@@ -81,7 +81,7 @@ PageLayout::PageLayout(const PageSpec& s)
   Check(spec);
   const bool separable = spec.value_scheme == ValueScheme::kSeparable;
   const bool balanced = spec.key_scheme == KeyScheme::kBalanced;
-  if (tokens[0] > 0 && tokens[1] > 0) order = Reserve(spec.page);
+  if (tokens[0] > 0 && tokens[1] > 0) marks = Reserve((spec.page + 7) / 8);
   if (separable) value_factor = Reserve(2 * spec.value_size);
   if (balanced) key_factor = Reserve(2 * spec.head_size);
   for (int c = 0; c < 2; ++c) {
@@ -166,13 +166,14 @@ void DecodePage(const Kernels& kernels, const PageLayout& layout, const uint8_t*
   }
 }
 
-const uint8_t* PageOrder(const PageLayout& layout, const uint8_t* page) {
-  static const auto identity = [] {
-    std::array<uint8_t, kMaxPage> places;
-    for (int64_t i = 0; i < kMaxPage; ++i) places[i] = static_cast<uint8_t>(i);
-    return places;
-  }();
-  return layout.two_classes() ? page + layout.order : identity.data();
+StoredOrder PageOrder(const PageLayout& layout, const uint8_t* page) {
+  StoredOrder order;
+  int64_t next[2] = {layout.first[0], layout.first[1]};
+  for (int64_t i = 0; i < layout.spec.page; ++i) {
+    const bool in_0 = !layout.two_classes() || (page[layout.marks + i / 8] >> (i % 8) & 1);
+    order[next[in_0 ? 0 : 1]++] = static_cast<uint8_t>(i);
+  }
+  return order;
 }
 
 }  // namespace effc

@@ -2,6 +2,7 @@
 // The bytes are specified in docs/cached-attention.md, section "A page".
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <string>
 
@@ -54,13 +55,13 @@ class PageLayout {
   int64_t bytes = 0;          // of a page, a multiple of 16
   int64_t tokens[2];          // of each class
   int64_t first[2];           // stored place of the first token of each class
-  int64_t order = -1;         // offset of the stored order, -1 with one class
+  int64_t marks = -1;         // offset of the bits that say who is in class 0, -1 with one class
   int64_t value_factor = -1;  // offset of the channel factors of separable values, or -1
   int64_t key_factor = -1;    // offset of the channel factors of balanced keys, or -1
   PanelLayout keys[2];
   PanelLayout values[2];
 
-  bool two_classes() const { return order >= 0; }
+  bool two_classes() const { return marks >= 0; }
 
  private:
   int64_t Reserve(int64_t size);  // the offset of a new part at the end
@@ -83,8 +84,9 @@ void PageValues(const Kernels& kernels, const PageLayout& layout, const uint8_t*
 void DecodePage(const Kernels& kernels, const PageLayout& layout, const uint8_t* page, float* keys,
                 float* values);
 
-// order[t] is the place within the page (token order) of the token at stored place t.
-const uint8_t* PageOrder(const PageLayout& layout, const uint8_t* page);
+// Element t is the place within the page (token order) of the token at stored place t.
+using StoredOrder = std::array<uint8_t, kMaxPage>;
+StoredOrder PageOrder(const PageLayout& layout, const uint8_t* page);
 
 // Encodes a page; every one of its bytes is written. `keys` and `values` are `page` pointers to
 // rows of D and E floats in token order, valid[i] != 0 marks tokens that can be seen; rows of the

@@ -24,9 +24,9 @@ struct StoredTokens {
   const float* values[kMaxPage];
 };
 
-// Stored order: the most important valid tokens in class 0, ascending in both classes.
-void ChooseOrder(const PageLayout& layout, const uint8_t* valid, const float* importance,
-                 uint8_t* order) {
+// Marks the most important valid tokens as class 0.
+void MarkSalient(const PageLayout& layout, const uint8_t* valid, const float* importance,
+                 uint8_t* marks) {
   const int64_t page = layout.spec.page;
   std::array<uint8_t, kMaxPage> ranked;
   for (int64_t i = 0; i < page; ++i) ranked[i] = static_cast<uint8_t>(i);
@@ -36,9 +36,9 @@ void ChooseOrder(const PageLayout& layout, const uint8_t* valid, const float* im
   };
   std::stable_sort(ranked.begin(), ranked.begin() + page,
                    [&](uint8_t a, uint8_t b) { return rank(a) > rank(b); });
-  std::sort(ranked.begin(), ranked.begin() + layout.spec.salient);
-  std::sort(ranked.begin() + layout.spec.salient, ranked.begin() + page);
-  std::memcpy(order, ranked.data(), page);
+  for (int64_t i = 0; i < layout.spec.salient; ++i) {
+    marks[ranked[i] / 8] |= static_cast<uint8_t>(1 << ranked[i] % 8);
+  }
 }
 
 // 2^(e - 15) with 2^e > max >= 2^(e - 1); at least the smallest normal float.
@@ -130,8 +130,8 @@ int64_t EncodePage(const Kernels& kernels, const PageLayout& layout, const float
   const int64_t head_size = layout.spec.head_size;
   const int64_t value_size = layout.spec.value_size;
   std::memset(page, 0, layout.bytes);
-  if (layout.two_classes()) ChooseOrder(layout, valid, importance, page + layout.order);
-  const uint8_t* const order = PageOrder(layout, page);
+  if (layout.two_classes()) MarkSalient(layout, valid, importance, page + layout.marks);
+  const StoredOrder order = PageOrder(layout, page);
   StoredTokens stored;
   for (int64_t i = 0; i < layout.spec.page; ++i) {
     stored.keys[i] = valid[order[i]] ? keys[order[i]] : nullptr;

@@ -80,7 +80,7 @@ void BlockReader::ScorePage(const uint8_t* page, const float* queries, int64_t m
   }
   float* const stored = ThreadFloats(kPageRows, m * kScoreStride);
   PageScores(kernels_, layout, page, rows, m, stored, kScoreStride, scratch);
-  const uint8_t* const order = PageOrder(layout, page);
+  const StoredOrder order = PageOrder(layout, page);
   for (int64_t i = 0; i < m; ++i) {
     for (int64_t t = 0; t < layout.spec.page; ++t) {
       scores[i * kScoreStride + order[t]] = stored[i * kScoreStride + t];
@@ -95,7 +95,7 @@ void BlockReader::WeighPage(const uint8_t* page, const float* weights, int64_t m
   const float* rows = weights;
   if (ordered && layout.two_classes()) {
     float* const stored = ThreadFloats(kPageRows, m * kScoreStride);
-    const uint8_t* const order = PageOrder(layout, page);
+    const StoredOrder order = PageOrder(layout, page);
     for (int64_t i = 0; i < m; ++i) {
       for (int64_t t = 0; t < layout.spec.page; ++t) {
         stored[i * kScoreStride + t] = weights[i * kScoreStride + order[t]];
@@ -124,7 +124,7 @@ void BlockReader::WidenPage(const uint8_t* page, float* panels, float* values) c
     return pieces_.transpose({keys, Type::kFloat, d}, tokens, d, 0, panels);
   }
   float* const ordered = ThreadFloats(kPageRows, tokens * std::max(d, e));
-  const uint8_t* const order = PageOrder(layout, page);
+  const StoredOrder order = PageOrder(layout, page);
   DecodePage(kernels_, layout, page, keys, ordered);
   for (int64_t t = 0; t < tokens; ++t) {
     std::memcpy(values + order[t] * e, ordered + t * e, e * sizeof(float));

@@ -70,7 +70,7 @@ SCHEMES = {
     "int4": Scheme(high=4, low=4),
     "kivi": Scheme(high=4, low=4, group=32, sinks=0, recent=64, page=64),
     "zipcache": Scheme(value_scheme="separable", high=4, low=2, ratio=0.6, importance="normalised", page=160),
-    "mikv": Scheme(key_scheme="balanced", high=8, low=2, ratio=0.4, importance="accumulated", page=160),
+    "mikv": Scheme(key_scheme="balanced", high=8, low=4, ratio=0.4, importance="accumulated", page=160),
 }
 """Scheme name -> what it is.
 

@@ -47,7 +47,7 @@ class KvCache(Pass):
             tokens that get much attention in more bits than the others. `mikv`: the same by accumulated attention,
             keys balanced against queries. `dense`: no pages, only the element type `dtype`.
         bits: Bits of the (first) class of tokens; None: as the scheme has them (8; 4; kivi 4; zipcache 4; mikv 8).
-        low_bits: Bits of the other tokens of zipcache and mikv; None: 2.
+        low_bits: Bits of the other tokens; None: zipcache 2, mikv 4.
         ratio: Share of the tokens in the first class, rounded to a multiple of 16 tokens of a page; None: zipcache 0.6,
             mikv 0.4.
         importance: How zipcache and mikv tell important tokens; None: as the scheme does. `causal-count` is the

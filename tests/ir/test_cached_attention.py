@@ -356,7 +356,7 @@ def test_bytes_of_a_page_by_hand() -> None:
         page=160, salient=96, key_bits=(4, 2), value_bits=(4, 16), value_scheme="separable", importance="normalised"
     )
     assert storage.page_parts(sizes) == {
-        "order": 160,
+        "classes": 32,
         "value factor": 96,
         "key parameters 0": 272,
         "key codes 0": 64 * 48,  # 96 lanes of 4 bits: three words

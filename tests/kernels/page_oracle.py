@@ -152,6 +152,13 @@ def stored_order(spec: PageSpec, valid: Array, importance: Array | None) -> Arra
     return np.array(sorted(ranked[: spec.salient]) + sorted(ranked[spec.salient :]))
 
 
+def class_marks(spec: PageSpec, order: Array) -> bytes:
+    """A bit for each token, set for class 0, the first token in the lowest bit."""
+    marks = np.zeros(spec.page, np.uint8)
+    marks[order[: spec.salient]] = 1
+    return np.packbits(marks, bitorder="little").tobytes()
+
+
 def value_factors(values: Array, valid: Array) -> Array:
     """Factors of the channels of separable values."""
     largest = np.abs(values[valid]).max(0, initial=0).astype(F32)
@@ -178,7 +185,7 @@ def encode(
 ) -> bytes:
     """The bytes of a page of `keys [page, D]` and `values [page, E]`."""
     order = stored_order(spec, valid, importance)
-    out = pad16(order.astype(np.uint8).tobytes()) if spec.two_classes else b""
+    out = pad16(class_marks(spec, order)) if spec.two_classes else b""
     value_factor = np.ones(spec.value_size, F32)
     key_factor = np.ones(spec.head_size, F32)
     if spec.value_scheme == "separable":
@@ -241,7 +248,7 @@ def decode(spec: PageSpec, page: Array) -> tuple[Array, Array]:
     """Keys `[page, D]` and values `[page, E]` in stored order."""
     reader = Reader(page)
     if spec.two_classes:
-        reader.take(spec.page)
+        reader.take(-(-spec.page // 8))
     value_factor, key_factor = np.ones(spec.value_size, F32), np.ones(spec.head_size, F32)
     if spec.value_scheme == "separable":
         value_factor = reader.take(2 * spec.value_size).view(BF16).astype(F32)
