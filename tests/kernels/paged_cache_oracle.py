@@ -62,7 +62,8 @@ class PageCodec:
         """Keys and values in the order of the tokens."""
         keys, values = (array[0] for array in kv_page.decode(self.spec, page[None]))
         if self.pages.two_classes:
-            order = np.argsort(page[: self.pages.page])
+            marks = np.unpackbits(page, bitorder="little")[: self.pages.page].astype(bool)
+            order = np.argsort(np.concatenate([np.flatnonzero(marks), np.flatnonzero(~marks)]))
             keys, values = keys[order], values[order]
         return keys, values
 

@@ -320,7 +320,7 @@ def test_overhead_is_what_the_layout_says() -> None:
     two = PageSpec(64, 64, 48, (8, 2), (8, 2), 16, "balanced", "separable")
     first = 64 * 16 + 80 + 16 * 64 + 80
     second = 64 * 16 + 144 + 32 * 16 + 144
-    assert kv_page.page_bytes(two) == 48 + 128 + 128 + first + second
+    assert kv_page.page_bytes(two) == 16 + 128 + 128 + first + second
 
 
 @pytest.mark.parametrize(
