@@ -179,11 +179,12 @@ def test_wrong_options(text: str, words: str) -> None:
 SMALLER = {"int8": 1.85, "int4": 3.3, "zipcache": 4.1, "kivi": 4.8}
 
 
+@pytest.mark.parametrize("size", [128, 256])
 @pytest.mark.parametrize(("scheme", "least"), SMALLER.items())
-def test_bytes_of_a_cache_of_8192_tokens(scheme: str, least: float) -> None:
-    """Heads of 256: parameters, the exact buffer and statistics are counted."""
+def test_bytes_of_a_cache_of_8192_tokens(scheme: str, least: float, size: int) -> None:
+    """Parameters, the exact buffer and statistics are counted."""
     options = KvCache(scheme, bits=2 if scheme == "kivi" else None)  # type: ignore[arg-type]
-    report = options.apply(program := decoder(size=256), options.match(program).sites)
+    report = options.apply(program := decoder(size=size), options.match(program).sites)
     (figures,) = report.details["cache"]
     assert figures["dense_bytes"] / figures["bytes"] >= least
     assert figures["bytes_of_codes"] < figures["bytes"]
