@@ -10,6 +10,7 @@ from effc.errors import ContractError
 from effc.ir.program import Program
 from effc.passes.base import Contract, Match, Pass, PassReport
 from effc.verify.budget import Budget
+from effc.verify.compare import compare_outputs
 from effc.verify.contracts import ContractCheck
 from effc.verify.inputs import FeedShape
 
@@ -206,3 +207,14 @@ def test_outputs_are_reused_between_passes(monkeypatch: pytest.MonkeyPatch) -> N
     for _ in range(3):
         check(Edit(), program, lambda p: None, instrument)
     assert len(runs) == 4
+
+
+def test_codes_of_a_cache_are_compared_by_their_bits() -> None:
+    shape = FeedShape(1, 1, 1)
+    logits, codes = np.ones((1, 1, 4), np.float32), np.full((1, 2, 2, 8), 7, np.int8)
+    moved = codes.copy()
+    moved[0, 0, 1, 3] += 1
+    found = compare_outputs({"logits": logits, "present.0.key": codes}, {"logits": logits, "present.0.key": moved},
+                            shape, np.ones((1, 2), np.int64))  # fmt: skip
+    assert not found.overall().bitwise
+    assert found.overall().max_rel == 0
