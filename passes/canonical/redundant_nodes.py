@@ -145,6 +145,18 @@ def _reshape_of_view(node: ir.Node) -> bool:
     return _bypass(node, insert_value(node, "Reshape", [source, new_integers(graph, *target)]))
 
 
+def _reshape_to_itself(node: ir.Node) -> bool:
+    """`Reshape(x)` to a constant target that keeps every axis of x, one of them given as -1."""
+    shape, target = shape_of(node.inputs[0]), known_integers(node.inputs[1])
+    if shape is None or target is None or len(target) != len(shape) or attribute_int(node, "allowzero", 0):
+        return False
+    kept = [size in (0, -1) or sizes.same(size, before) for size, before in zip(target, shape)]
+    if not all(kept) or list(target).count(-1) > 1:
+        return False
+    value = node.inputs[0]
+    return value is not None and _unchanged_operand(node, value)
+
+
 def _rows_for_product(node: ir.Node) -> bool:
     """Whether a `Reshape` regroups rows for a product with a weight: the product takes any rows, so it will sink."""
     user = sole_consumer(node.outputs[0])
@@ -348,7 +360,7 @@ RULES: dict[str, tuple[Callable[[ir.Node], bool], ...]] = {
     "Cast": (_unchanged, _cast_of_cast),
     "CastLike": (_cast_like,),
     "Transpose": (_transpose,),
-    "Reshape": (_unchanged, _reshape_of_view),
+    "Reshape": (_unchanged, _reshape_to_itself, _reshape_of_view),
     "Expand": (_unchanged,),
     **dict.fromkeys(("Max", "Min", "Sum", "Mean"), (_single_operand,)),
     "Unsqueeze": (_unsqueeze_of_unsqueeze,),

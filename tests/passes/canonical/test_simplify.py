@@ -140,6 +140,21 @@ def test_computed_shapes_become_constant() -> None:
     assert_same_outputs(source, result, {"batch": 3, "seq": 5, "past": 0})
 
 
+def test_a_reshape_that_keeps_every_axis_is_dropped() -> None:
+    text = """g (float[batch,heads,seq,4] x, float[batch,6,4] z) => (float[batch,heads,seq,4] a, float[p,q,4] b) {
+      same = Constant<value_ints = [0, 0, -1, 4]>()
+      a0 = Reshape(x, same)
+      a = Neg(a0)
+      pairs = Constant<value_ints = [-1, 3, 4]>()
+      b0 = Reshape(z, pairs)
+      b = Neg(b0)
+    }"""
+    source = program(text)
+    result = canonical(source)
+    assert sorted(_ops(result)) == ["Neg", "Neg", "Reshape"]
+    assert_same_outputs(source, result, {"batch": 2, "heads": 3, "seq": 5, "past": 0})
+
+
 def test_products_of_flattened_rows_are_taken_directly() -> None:
     text = """g (float[batch,seq,12] x, float[12,6] w, float[6] b) => (float[batch,seq,6] y) {
       rows = Constant<value_ints = [-1, 12]>()
