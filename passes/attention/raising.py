@@ -34,7 +34,7 @@ class Rotation:
 def reason_against(site: AttentionSite, program: Program) -> str:
     """Why a site cannot become a `CachedAttention`; empty when it can."""
     if site.past_key is None or site.present_key is None:
-        return "it has no cache"
+        return "it takes no cache of its own" if program.cache_pairs() else "the model has no cache"
     pairs = {(site.past_key, site.present_key), (site.past_value, site.present_value)}
     if not pairs <= set(program.cache_pairs()):
         return "its cache is not carried on from inputs past_key_values.N.* to outputs present.N.*"
