@@ -12,7 +12,7 @@ from effc import __version__
 from effc.backends import backend
 from effc.backends.base import Backend, Progress
 from effc.backends.engine_folder import check_replaceable, new_engine_folder, seal
-from effc.backends.lowering import Lowering
+from effc.backends.lowering import Lowering, StaticCacheLowering
 from effc.errors import UsageError
 from effc.frontends import import_model
 from effc.ir.program import Program, Task
@@ -144,6 +144,8 @@ def optimize(
     instruments = _instruments(_contract_check(plan, limits) if check else None, dump, step)
     run_pipeline(program, requested, instruments, allow_noop=allow_noop)
     canonical = program.clone()
+    if not portable and chosen.static_caches(program):
+        run_step(program, StaticCacheLowering(chosen), instruments)
     run_step(program, Lowering(chosen, portable), instruments)
     manifest = _write(program, Path(output), chosen, portable, step)
     Store().prune()

@@ -28,6 +28,14 @@ class Backend(ABC):
         """Why engines of this target cannot be built here; empty when they can."""
 
     @abstractmethod
+    def static_caches(self, program: Program) -> list[str]:
+        """Names of the attentions whose caches have static scales and that the target stores by itself."""
+
+    @abstractmethod
+    def lower_static_caches(self, program: Program) -> None:
+        """Hand those caches to the target, in place."""
+
+    @abstractmethod
     def lower(self, program: Program, *, portable: bool) -> Program:
         """The program in the ops this target runs; a new program, the given one stays as it is.
 

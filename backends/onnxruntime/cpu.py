@@ -14,11 +14,12 @@ import effc
 from effc import kernels
 from effc.backends.base import Backend, Progress
 from effc.backends.engine_folder import write_assets
+from effc.backends.lowering import STEPS
 from effc.backends.onnxruntime.external_weights import write_external_weights
 from effc.backends.onnxruntime.interface import cache_layout, ports
 from effc.backends.onnxruntime.last_logits import add_num_logits
 from effc.backends.onnxruntime.portable_weights import use_portable_layouts
-from effc.backends.onnxruntime.static_cache import lower_static_caches
+from effc.backends.onnxruntime.static_cache import lower_static_caches, static_caches
 from effc.backends.onnxruntime.widen_weights import widen_cast_weights
 from effc.errors import MissingDependencyError
 from effc.ir.analysis.weight_memory import weight_memory
@@ -46,6 +47,14 @@ class OnnxRuntimeCpu(Backend):
             return str(error)
         return ""
 
+    def static_caches(self, program: Program) -> list[str]:
+        """Those that GroupQueryAttention can keep."""
+        return static_caches(program)
+
+    def lower_static_caches(self, program: Program) -> None:
+        """Replace them by GroupQueryAttention."""
+        lower_static_caches(program)
+
     def lower(self, program: Program, *, portable: bool) -> Program:
         """Widen small half-precision weights, make attention and cache one op or inline the dialect."""
         lowered = program.clone()
@@ -56,7 +65,6 @@ class OnnxRuntimeCpu(Backend):
             infer_dialect_types(lowered.graph)
             raising = CachedAttention()
             raising.apply(lowered, raising.match(lowered).sites)
-            lower_static_caches(lowered)
             add_num_logits(lowered)
         widen_cast_weights(lowered.model)
         RemoveUnusedNodesPass()(lowered.model)
@@ -85,7 +93,7 @@ class OnnxRuntimeCpu(Backend):
             optional_inputs=ports(program, (value for value in graph.inputs if value.is_initializer())),
             outputs=ports(program, graph.outputs),
             cache=cache_layout(program),
-            pipeline=",".join(record.options for record in program.records if record.name != "lower"),
+            pipeline=",".join(record.options for record in program.records if record.name not in STEPS),
             passes=[_record(record) for record in program.records],
             source=_source(program),
             config=dict(program.source.config),

@@ -16,6 +16,11 @@ CONTRIB = "com.microsoft"
 HIDDEN = np.finfo(np.float32).min
 
 
+def static_caches(program: Program) -> list[str]:
+    """Names of the `CachedAttention` nodes with storage `static`."""
+    return [site.name for site in _sites(program)]
+
+
 def lower_static_caches(program: Program) -> int:
     """Replace every `CachedAttention` with storage `static`.
 
@@ -23,7 +28,7 @@ def lower_static_caches(program: Program) -> int:
         Number of nodes replaced.
     """
     graph = program.graph
-    sites = [site for site in cached_attention_sites(graph) if isinstance(site.storage, StaticStorage)]
+    sites = _sites(program)
     shared: dict[tuple[ir.Value, int, bool], _Step] = {}
     for site in sites:
         valid = site.node.inputs[3]
@@ -35,6 +40,10 @@ def lower_static_caches(program: Program) -> int:
     if sites:
         program.model.opset_imports[CONTRIB] = 1
     return len(sites)
+
+
+def _sites(program: Program) -> list[CachedAttentionSite]:
+    return [site for site in cached_attention_sites(program.graph) if isinstance(site.storage, StaticStorage)]
 
 
 def is_static_cache(node: ir.Node) -> bool:
