@@ -38,6 +38,13 @@ NO_STORAGE: dict[str, object] = {
     "value_group": 0,
     "salient": 0,
     "importance": "none",
+    "selection": "all",
+    "select_sinks": 0,
+    "select_recent": 0,
+    "select_block": 0,
+    "select_budget": 0,
+    "select_share": 0.0,
+    "dense_below": 0,
 }
 
 
@@ -226,6 +233,13 @@ def cached(case: Case, variant: Variant, threads: int) -> tuple[Callable[[], flo
     """`effc.CachedAttention`, and the bytes of its caches that a step reads."""
     dense = "page" not in variant.attributes
     caches = dense_caches(case, DTYPES[variant.type]) if dense else paged_caches(case, variant)
+    return cached_node_runner(case, variant, caches, case.layers, threads), bytes_read(case, variant, caches)
+
+
+def cached_node_runner(
+    case: Case, variant: Variant, caches: dict[str, np.ndarray], count: int, threads: int
+) -> Callable[[], float]:
+    """Runs so many nodes with their caches, whose names end in the number of the node."""
     types = {dtype: type_ for type_, dtype in DTYPES.items()} | {np.dtype(np.uint8): TensorProto.UINT8}
     nodes, inputs, outputs = [], [], []
     for name, array in caches.items():
@@ -234,7 +248,7 @@ def cached(case: Case, variant: Variant, threads: int) -> tuple[Callable[[], flo
     form = {"heads": case.heads, "kv_heads": case.kv_heads, "head_size": SIZE, "value_size": SIZE}
     scores = {"scale": SIZE**-0.5, "softcap": 0.0, "causal": 1, "window": 0, "rotary": "none", "rotary_size": 0}
     attributes = NO_STORAGE | form | scores | variant.attributes
-    for i in range(case.layers):
+    for i in range(count):
         own = [name for name in caches if name[1:] == str(i)]
         names = ["query", "key", "value", "valid", "", "", "", *(f"past_{name}" for name in own)]
         results = [f"y{i}", *(f"present_{name}" for name in own)]
@@ -244,8 +258,7 @@ def cached(case: Case, variant: Variant, threads: int) -> tuple[Callable[[], flo
     inputs += [value(name, TensorProto.FLOAT, array.shape) for name, array in feeds.items()]
     feeds["valid"] = np.ones((1, case.total), bool)
     inputs.append(value("valid", TensorProto.BOOL, [1, case.total]))
-    session = open_session(nodes, inputs, outputs, threads)
-    return runner(session, feeds, caches), bytes_read(case, variant, caches)
+    return runner(open_session(nodes, inputs, outputs, threads), feeds, caches)
 
 
 def measure(case: Case, storages: Sequence[str], threads: int, rounds: int) -> None:

@@ -15,7 +15,8 @@ from onnx_ir.tape import Tape
 
 from effc.errors import InputError
 from effc.ir.dialect.base import DOMAIN, DialectOp
-from effc.ir.dialect.cache_storage import DenseStorage, HeadSizes, PageStorage, StaticStorage, Storage
+from effc.ir.dialect.cache_storage import DenseStorage, HeadSizes, PageStorage, StateTensor, StaticStorage, Storage
+from effc.ir.dialect.token_selection import AllTokens, PageSelection, TokenSelection
 
 INT, FLOAT, STRING, INTS = (getattr(ir.AttributeType, name) for name in ("INT", "FLOAT", "STRING", "INTS"))
 OPERANDS = ("query", "key", "value", "valid", "bias", "cos", "sin")
@@ -36,6 +37,15 @@ NO_STORAGE: dict[str, int | str | tuple[int, ...]] = {
     "importance": "none",
 }
 """Attributes of storages, as a storage without them has them."""
+NO_SELECTION: dict[str, int | float] = {
+    "select_sinks": 0,
+    "select_recent": 0,
+    "select_block": 0,
+    "select_budget": 0,
+    "select_share": 0.0,
+    "dense_below": 0,
+}
+"""Attributes of selections, as those without them have them."""
 
 
 @dataclass(frozen=True)
@@ -103,27 +113,30 @@ class CachedAttention(DialectOp):
         "rotary_size": INT,
         "storage": STRING,
         **{name: {int: INT, str: STRING, tuple: INTS}[type(value)] for name, value in NO_STORAGE.items()},
+        "selection": STRING,
+        **{name: {int: INT, float: FLOAT}[type(value)] for name, value in NO_SELECTION.items()},
     }
 
     def check(self, node: ir.Node) -> None:
         """Refuse attributes outside their ranges, and tensors that do not fit them."""
         super().check(node)
         try:
-            form, storage = attention_form(node), cache_storage(node)
-            _check_operands(node, form, storage)
+            form, storage, selection = attention_form(node), cache_storage(node), token_selection(node)
+            _check_operands(node, form, storage, selection)
+            _check_selection(node, form, storage, selection)
         except InputError as error:
             raise InputError(f"node {node.name!r}: CachedAttention: {error}.") from error
 
     def output_types(self, node: ir.Node) -> Sequence[tuple[ir.DataType, ir.Shape | None]]:
         """The result, and the cache for `total` tokens."""
-        form, storage = attention_form(node), cache_storage(node)
+        form = attention_form(node)
         query, valid = node.inputs[0], node.inputs[3]
         assert query is not None and valid is not None
         result = None
         if query.shape is not None:
             result = ir.Shape([query.shape[0], query.shape[1], form.heads * form.value_size])
         types: list[tuple[ir.DataType, ir.Shape | None]] = [(ir.DataType.FLOAT, result)]
-        for tensor in storage.tensors(form.sizes):
+        for tensor in cache_tensors(form, cache_storage(node), token_selection(node)):
             shape = None
             if valid.shape is not None:
                 batch, total = valid.shape
@@ -134,8 +147,11 @@ class CachedAttention(DialectOp):
     def body(self, node: ir.Node, tape: Tape) -> Sequence[ir.Value]:
         """Join past and new tokens, attend with a mask, keep what the storage keeps."""
         from effc.ir.dialect.cached_attention_body import DenseBody, StaticBody
+        from effc.ir.dialect.selected_attention_body import SelectedBody
 
-        form, storage = attention_form(node), cache_storage(node)
+        form, storage, selection = attention_form(node), cache_storage(node), token_selection(node)
+        if isinstance(storage, DenseStorage) and isinstance(selection, PageSelection):
+            return SelectedBody(node, tape, form, storage, selection).record()
         if isinstance(storage, DenseStorage):
             return DenseBody(node, tape, form, storage).record()
         if isinstance(storage, StaticStorage):
@@ -155,6 +171,7 @@ def cached_attention(
     form: AttentionForm,
     storage: Storage,
     *,
+    selection: TokenSelection = AllTokens(),  # noqa: B008 - frozen
     bias: ir.Value | None = None,
     tables: tuple[ir.Value, ir.Value] | None = None,
     scales: Sequence[ir.Value] = (),
@@ -167,6 +184,7 @@ def cached_attention(
         past: The tensors of the cache.
         form: What it computes.
         storage: How it keeps its tokens.
+        selection: Which of them it reads.
         bias: Added to the scaled scores.
         tables: Cosines and sines of the new tokens, with rotary.
         scales: Of keys and values, with storage `static`.
@@ -176,7 +194,7 @@ def cached_attention(
         InputError: They do not fit each other.
     """
     inputs = [*operands, bias, *(tables or (None, None)), *past, *scales]
-    attributes = _attributes(form, storage)
+    attributes = _attributes(form, storage, selection)
     node = ir.Node(DOMAIN, "CachedAttention", inputs, attributes, num_outputs=1 + len(past), name=name)
     OP.infer(node)
     return node
@@ -223,6 +241,26 @@ def cache_storage(node: ir.Node) -> Storage:
     return PageStorage(dtype=dtype, **options)
 
 
+def token_selection(node: ir.Node) -> TokenSelection:
+    """Which tokens a node reads.
+
+    Raises:
+        InputError: The selection is unknown, or an attribute is out of its range.
+    """
+    of, kind = node.attributes, node.attributes["selection"].as_string()
+    if kind == AllTokens.kind:
+        return AllTokens()
+    if kind != PageSelection.kind:
+        raise InputError(f"selection is {kind!r}, it must be one of {AllTokens.kind}, {PageSelection.kind}")
+    integers = {name: of[f"select_{name}"].as_int() for name in ("sinks", "recent", "block", "budget")}
+    return PageSelection(**integers, share=of["select_share"].as_float(), dense_below=of["dense_below"].as_int())
+
+
+def cache_tensors(form: AttentionForm, storage: Storage, selection: TokenSelection) -> tuple[StateTensor, ...]:
+    """The tensors of the cache, in order: those of the storage, then those of the selection."""
+    return (*storage.tensors(form.sizes), *selection.tensors(storage, form.sizes))
+
+
 def past_values(node: ir.Node) -> list[ir.Value]:
     """The tensors of the cache a node reads; scales that follow them are not among them."""
     first = len(OPERANDS)
@@ -245,7 +283,7 @@ def _one_width(key_bits: Sequence[int], value_bits: Sequence[int]) -> int:
     return key_bits[0]
 
 
-def _attributes(form: AttentionForm, storage: Storage) -> list[ir.Attr]:
+def _attributes(form: AttentionForm, storage: Storage, selection: TokenSelection) -> list[ir.Attr]:
     values: dict[str, int | float | str | tuple[int, ...]] = {
         "heads": form.heads,
         "kv_heads": form.kv_heads,
@@ -260,6 +298,9 @@ def _attributes(form: AttentionForm, storage: Storage) -> list[ir.Attr]:
         "storage": storage.kind,
         **NO_STORAGE,
         **storage.attributes(),
+        "selection": selection.kind,
+        **NO_SELECTION,
+        **selection.attributes(),
     }
     return [ir.Attr(name, OP.attributes[name], value) for name, value in values.items()]
 
@@ -276,7 +317,22 @@ def _size(axis: int | str, batch: ir.SymbolicDim | int, total: ir.SymbolicDim | 
     return ir.SymbolicDim(None) if total.value is None else ir.SymbolicDim(f"{total.value} // {page}")
 
 
-def _check_operands(node: ir.Node, form: AttentionForm, storage: Storage) -> None:
+def _check_selection(node: ir.Node, form: AttentionForm, storage: Storage, selection: TokenSelection) -> None:
+    if isinstance(selection, AllTokens):
+        return
+    reason = selection_reason(form, storage, selection) or ("it has a bias" if node.inputs[4] is not None else "")
+    if reason:
+        raise InputError(f"selection={selection.kind}: {reason}")
+
+
+def selection_reason(form: AttentionForm, storage: Storage, selection: TokenSelection) -> str:
+    """Why an attention without a bias cannot have a selection; empty when it can."""
+    if form.window:
+        return f"its window of {form.window} tokens bounds what it reads"
+    return "its scale is negative" if form.scale < 0 else selection.reason_against(storage)
+
+
+def _check_operands(node: ir.Node, form: AttentionForm, storage: Storage, selection: TokenSelection) -> None:
     missing = [name for name, value in zip(OPERANDS[:4], node.inputs) if value is None]
     if missing or len(node.inputs) <= len(OPERANDS):
         raise InputError(f"it needs {', '.join(OPERANDS[:4])} and the tensors of a cache")
@@ -290,9 +346,10 @@ def _check_operands(node: ir.Node, form: AttentionForm, storage: Storage) -> Non
         raise InputError(
             f"a ring of {storage.ring} places needs a window from 1 to {storage.ring}, it is {form.window}"
         )
-    past, expected = past_values(node), storage.tensors(form.sizes)
+    past, expected = past_values(node), cache_tensors(form, storage, selection)
     if len(past) != len(expected) or len(node.outputs) != 1 + len(past):
-        raise InputError(f"storage={storage.kind} has {len(expected)} tensors, as inputs and as outputs")
+        kinds = f"storage={storage.kind} with selection={selection.kind}"
+        raise InputError(f"{kinds} has {len(expected)} tensors, as inputs and as outputs")
     for value, tensor in zip(past, expected, strict=True):
         if value.dtype is not None and value.dtype != tensor.dtype:
             raise InputError(f"{tensor.name} is {value.dtype.name}, it must be {tensor.dtype.name}")

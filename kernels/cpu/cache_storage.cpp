@@ -85,6 +85,26 @@ PageCacheSpec ReadPages(const Attributes& attributes, const AttentionForm& form)
   return spec;
 }
 
+SelectionSpec ReadSelection(const Attributes& attributes, const AttentionForm& form) {
+  SelectionSpec spec;
+  spec.kind = OneOf<SelectionKind>(
+      attributes, "selection", {{"all", SelectionKind::kAll}, {"pages", SelectionKind::kPages}});
+  if (!spec.selects()) return spec;
+  spec.sinks = Between(attributes, "select_sinks", 0, kLargestSize);
+  spec.recent = Between(attributes, "select_recent", 0, kLargestSize);
+  spec.block = Between(attributes, "select_block", 1, kMaxPage);
+  spec.budget = Between(attributes, "select_budget", 0, INT32_MAX);
+  spec.dense_below = Between(attributes, "dense_below", 0, INT32_MAX);
+  spec.share = FiniteFloat(attributes, "select_share");
+  if (spec.share < 0 || spec.share > 1) {
+    throw Error("attribute 'select_share' is " + std::to_string(spec.share) +
+                "; it must be from 0 to 1");
+  }
+  if (form.window > 0) throw Error("a selection takes no window");
+  if (form.scale < 0) throw Error("a selection takes no negative scale");
+  return spec;
+}
+
 }  // namespace
 
 AttentionForm ReadForm(const Attributes& attributes) {
@@ -115,6 +135,7 @@ AttentionForm ReadForm(const Attributes& attributes) {
 
 std::unique_ptr<CacheStorage> ReadStorage(const Attributes& attributes, const AttentionForm& form) {
   const std::string storage = attributes.String("storage");
+  const SelectionSpec selection = ReadSelection(attributes, form);
   if (storage == "dense") {
     const int64_t ring = Between(attributes, "ring", 0, INT32_MAX);
     if (ring > 0 && (form.window == 0 || ring < form.window)) {
@@ -122,10 +143,10 @@ std::unique_ptr<CacheStorage> ReadStorage(const Attributes& attributes, const At
                   "; a ring must hold the window, which is " + std::to_string(form.window) +
                   (form.window == 0 ? " (none)" : ""));
     }
-    return std::make_unique<DenseStorage>(form, ring);
+    return std::make_unique<DenseStorage>(form, ring, selection);
   }
   if (storage == "pages") {
-    return std::make_unique<PageStorage>(form, ReadPages(attributes, form));
+    return std::make_unique<PageStorage>(form, ReadPages(attributes, form), selection);
   }
   throw Error("attribute 'storage' is '" + storage + "'; it must be one of 'dense', 'pages'");
 }

@@ -1,10 +1,12 @@
 #include "cpu/cached_attention.h"
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 #include <limits>
 #include <string>
 
+#include "cpu/selection.h"
 #include "cpu/token_store.h"
 
 namespace effc {
@@ -16,7 +18,8 @@ constexpr int64_t kTileRows = 128;     // query rows of one task otherwise
 constexpr int64_t kLeastTileRows = 32;
 constexpr int64_t kTasks = 256;  // wanted at most
 
-// Queries [begin, end) of a row and key head, over slots [from, to).
+// Queries [begin, end) of a row and key head, over slots [from, to), or over those of the pieces
+// [from, to).
 struct Task {
   int64_t row;
   int64_t head;
@@ -25,6 +28,7 @@ struct Task {
   int64_t from;
   int64_t to;
   int64_t part;  // of the parts that few query rows are split into, or -1
+  bool chosen;
 };
 
 // The parts of one row and key head, in order.
@@ -40,12 +44,14 @@ struct Joint {
 class Attention {
  public:
   Attention(const Kernels& kernels, const AttentionForm& form, const AttentionOperands& operands,
-            const NewTokens& tokens, const TokenStore& store, float* y, Normaliser* normalisers)
+            const NewTokens& tokens, const TokenStore& store, const ChosenSlots& chosen, float* y,
+            Normaliser* normalisers)
       : pieces_(*kernels.attention),
         form_(form),
         operands_(operands),
         tokens_(tokens),
         store_(store),
+        chosen_(chosen),
         reader_(kernels, form, store),
         group_(form.group()),
         sum_stride_(PaddedRow(form.value_size)),
@@ -75,7 +81,9 @@ class Attention {
     if (start == operands_.total || first == seq) return;
     const int64_t own = std::min(seq, operands_.total - start);
     for (int64_t head = 0; head < form_.kv_heads; ++head) {
-      if (own * group_ <= kFewQueryRows) {
+      if (chosen_.Selects(row)) {
+        PlanChosen(row, head);
+      } else if (own * group_ <= kFewQueryRows) {
         PlanParts(row, head, first);
       } else {
         PlanTiles(row, head, first, own);
@@ -92,7 +100,7 @@ class Attention {
     while (from < end) {
       int64_t to = from;
       while (to < end && to - from < kPartTokens) to = store_.BlockEnd(row, to, end);
-      tasks_.push_back({row, head, first, seq, from, to, part_rows_});
+      tasks_.push_back({row, head, first, seq, from, to, part_rows_, false});
       part_rows_ += (seq - first) * group_;
       ++joint.parts;
       from = to;
@@ -109,8 +117,33 @@ class Attention {
       const int64_t begin = std::max(first, end - step);
       const int64_t from = Visible(form_, operands_, start, begin).begin;
       const int64_t to = Visible(form_, operands_, start, end - 1).end;
-      tasks_.push_back({row, head, begin, end, store_.BlockBegin(row, from), to, -1});
+      tasks_.push_back({row, head, begin, end, store_.BlockBegin(row, from), to, -1, false});
     }
+  }
+
+  void PlanChosen(int64_t row, int64_t head) {
+    const int64_t seq = operands_.seq;
+    Joint joint{row, head, 0, seq, part_rows_, 0};
+    auto from = static_cast<int64_t>(slots_.size());
+    int64_t tokens = 0;
+    const auto close = [&] {
+      const auto to = static_cast<int64_t>(slots_.size());
+      if (to == from) return;
+      tasks_.push_back({row, head, 0, seq, from, to, part_rows_, true});
+      part_rows_ += seq * group_;
+      ++joint.parts;
+      from = to;
+      tokens = 0;
+    };
+    for (const SlotRun& run : chosen_.Runs(row, head)) {
+      for (int64_t begin = run.begin; begin < run.end; begin = slots_.back().end) {
+        slots_.push_back({begin, store_.BlockEnd(row, begin, run.end)});
+        tokens += slots_.back().end - begin;
+        if (tokens >= kPartTokens) close();
+      }
+    }
+    close();
+    joints_.push_back(joint);
   }
 
   void ClearOutput(int64_t row, int64_t begin, int64_t end) const {
@@ -124,8 +157,8 @@ class Attention {
     if (task.part >= 0) {
       float* const sums = sums_.data() + task.part * sum_stride_;
       OpenRows(task, rows_.data() + task.part, sums);
-      ReadRows(task, m, rows_.data() + task.part, sums);
-      return;
+      if (task.chosen) return ReadChosen(task, m, rows_.data() + task.part, sums);
+      return ReadRows(task, m, rows_.data() + task.part, sums);
     }
     std::vector<QueryRow> rows(m);
     float* const sums = ThreadFloats(kSums, m * sum_stride_);
@@ -169,6 +202,38 @@ class Attention {
       reader_.Values(block, scores, m, ordered, sums);
     }
   }
+
+  // Few query rows that see all of the chosen slots; short pieces share a block of scores.
+  void ReadChosen(const Task& task, int64_t m, QueryRow* rows, float* sums) const {
+    const float* const queries = tokens_.Query(task.row, task.head, task.begin);
+    float* const scores = ThreadFloats(kScores, m * kScoreStride);
+    for (int64_t i = 0; i < m; ++i) {
+      rows[i].begin = 0;
+      rows[i].end = kLongestBlock;
+    }
+    for (int64_t from = task.from, to = 0; from < task.to; from = to) {
+      int64_t count = 0;
+      std::array<uint8_t, kLongestBlock> valid;
+      for (to = from; to < task.to && (to == from || count + Length(to) <= kBlockTokens); ++to) {
+        std::memcpy(valid.data() + count,
+                    operands_.valid + task.row * operands_.total + slots_[to].begin, Length(to));
+        count += Length(to);
+      }
+      const bool all = std::memchr(valid.data(), 0, count) == nullptr;
+      for (int64_t i = from, at = 0; i < to; at += Length(i++)) {
+        reader_.Scores({task.row, task.head, slots_[i].begin, slots_[i].end}, queries, m, !all,
+                       scores + at);
+      }
+      const SlotBlock block{0, count, all ? nullptr : valid.data(), form_.scale, form_.softcap};
+      pieces_.absorb(rows, m, block, scores, kScoreStride, sums, sum_stride_, form_.value_size);
+      for (int64_t i = from, at = 0; i < to; at += Length(i++)) {
+        reader_.Values({task.row, task.head, slots_[i].begin, slots_[i].end}, scores + at, m, !all,
+                       sums);
+      }
+    }
+  }
+
+  int64_t Length(int64_t slots) const { return slots_[slots].end - slots_[slots].begin; }
 
   // Whether some token of the block is treated differently from the others.
   static bool NeedsOrder(const SlotBlock& block, const QueryRow* rows, int64_t m) {
@@ -236,6 +301,7 @@ class Attention {
   const AttentionOperands& operands_;
   const NewTokens& tokens_;
   const TokenStore& store_;
+  const ChosenSlots& chosen_;
   const BlockReader reader_;
   const int64_t group_;
   const int64_t sum_stride_;
@@ -243,6 +309,7 @@ class Attention {
   Normaliser* const normalisers_;
   std::vector<Task> tasks_;
   std::vector<Joint> joints_;
+  std::vector<SlotRun> slots_;  // pieces of chosen tasks, each a part of a block
   std::vector<QueryRow> rows_;  // of all parts
   std::vector<float> sums_;
   int64_t part_rows_ = 0;
@@ -258,9 +325,9 @@ VisibleSlots Visible(const AttentionForm& form, const AttentionOperands& operand
 }
 
 void Attend(const Kernels& kernels, const AttentionForm& form, const AttentionOperands& operands,
-            const NewTokens& tokens, const TokenStore& store, const ParallelFunction& parallel,
-            float* y, Normaliser* normalisers) {
-  Attention(kernels, form, operands, tokens, store, y, normalisers).Run(parallel);
+            const NewTokens& tokens, const TokenStore& store, const ChosenSlots& chosen,
+            const ParallelFunction& parallel, float* y, Normaliser* normalisers) {
+  Attention(kernels, form, operands, tokens, store, chosen, y, normalisers).Run(parallel);
 }
 
 }  // namespace effc

@@ -118,10 +118,12 @@ struct Normaliser {
   float sum;
 };
 
-// Computes y [B, S, H * E], and the normalisers [B, K, S, G] unless null. Throws Error when a
-// result is not finite.
+class ChosenSlots;
+
+// Computes y [B, S, H * E] from the slots that were chosen, and the normalisers [B, K, S, G] unless
+// null. Throws Error when a result is not finite.
 void Attend(const Kernels& kernels, const AttentionForm& form, const AttentionOperands& operands,
-            const NewTokens& tokens, const TokenStore& store, const ParallelFunction& parallel,
-            float* y, Normaliser* normalisers = nullptr);
+            const NewTokens& tokens, const TokenStore& store, const ChosenSlots& chosen,
+            const ParallelFunction& parallel, float* y, Normaliser* normalisers = nullptr);
 
 }  // namespace effc

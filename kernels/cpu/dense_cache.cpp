@@ -4,12 +4,14 @@
 #include <cstring>
 #include <string>
 
+#include "cpu/dense_bounds.h"
 #include "cpu/token_store.h"
 
 namespace effc {
 namespace {
 
 constexpr int64_t kTaskBytes = 1 << 17;
+constexpr size_t kBounds = 2;  // the tensor after keys and values
 
 TokenRows Place(const CacheTensor& tensor, int64_t row, int64_t head, int64_t place) {
   const int64_t size = tensor.dims[3];
@@ -79,23 +81,33 @@ void CopyOld(const CacheTensor& past, const CacheTensor& present, int64_t tokens
 std::vector<CacheTensorForm> DenseStorage::Tensors(int64_t batch) const {
   const std::vector<Type> types = {Type::kFloat, Type::kFloat16, Type::kBfloat16};
   const int64_t capacity = ring_ > 0 ? ring_ : -1;
-  return {{"past key", types, {batch, form_.kv_heads, capacity, form_.head_size}},
-          {"past value", types, {batch, form_.kv_heads, capacity, form_.value_size}}};
+  std::vector<CacheTensorForm> forms = {
+      {"past key", types, {batch, form_.kv_heads, capacity, form_.head_size}},
+      {"past value", types, {batch, form_.kv_heads, capacity, form_.value_size}}};
+  if (selection_.selects()) {
+    forms.push_back(
+        {"past bounds", types, {batch, form_.kv_heads, -1, 2 * form_.head_size}});
+  }
+  return forms;
 }
 
 void DenseStorage::CheckPast(const std::vector<CacheTensor>& past, int64_t tokens) const {
   if (ring_ > 0) return;
-  for (const CacheTensor& tensor : past) {
-    if (tensor.dims[2] >= tokens) continue;
-    throw Error("the past has " + std::to_string(tensor.dims[2]) + " places, but `valid` counts " +
-                std::to_string(tokens) + " past tokens");
+  for (size_t i = 0; i < past.size(); ++i) {
+    const int64_t needed = i < kBounds ? tokens : tokens / selection_.block;
+    if (past[i].dims[2] >= needed) continue;
+    throw Error("the past has " + std::to_string(past[i].dims[2]) +
+                (i < kBounds ? " places" : " bounds") + ", but `valid` counts " +
+                std::to_string(tokens) + " past tokens" +
+                (i < kBounds ? "" : ", which need " + std::to_string(needed)));
   }
 }
 
-std::vector<int64_t> DenseStorage::Present(size_t, const std::vector<int64_t>& past,
+std::vector<int64_t> DenseStorage::Present(size_t index, const std::vector<int64_t>& past,
                                            int64_t total) const {
   std::vector<int64_t> dims = past;
-  if (ring_ == 0) dims[2] = past[2] < 0 || total < 0 ? -1 : std::max(past[2], total);
+  const int64_t tokens = index < kBounds ? 1 : selection_.block;  // of a place
+  if (ring_ == 0) dims[2] = past[2] < 0 || total < 0 ? -1 : std::max(past[2], total / tokens);
   return dims;
 }
 
@@ -105,7 +117,12 @@ void DenseStorage::Step(const Kernels& kernels, const AttentionOperands& operand
                         float* y) const {
   const NewTokens tokens(form_, operands, parallel);
   const DenseStore store(operands, tokens, past[0], past[1], ring_);
-  Attend(kernels, form_, operands, tokens, store, parallel, y);
+  ChosenSlots chosen;
+  if (selection_.selects()) {
+    const DenseBounds bounds(kernels, form_, past[kBounds]);
+    chosen = ChooseSlots(kernels, form_, operands, tokens, selection_, bounds, parallel);
+  }
+  Attend(kernels, form_, operands, tokens, store, chosen, parallel, y);
   const int64_t old = ring_ > 0 ? ring_ : operands.past();
   int64_t bytes = 1;
   for (size_t i = 0; i < 2; ++i) {
@@ -124,6 +141,9 @@ void DenseStorage::Step(const Kernels& kernels, const AttentionOperands& operand
                           i == 0 ? tokens.Keys(row, head, 0) : tokens.Values(row, head, 0),
                           present[i], row, head);
                }
+               if (!selection_.selects()) continue;
+               WriteBounds(kernels, operands, tokens.Start(row), selection_, present[0],
+                           past[kBounds], present[kBounds], row, head);
              }
            });
 }

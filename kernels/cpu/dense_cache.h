@@ -2,12 +2,14 @@
 #pragma once
 
 #include "cpu/cache_storage.h"
+#include "cpu/selection.h"
 
 namespace effc {
 
 class DenseStorage : public CacheStorage {
  public:
-  DenseStorage(const AttentionForm& form, int64_t ring) : form_(form), ring_(ring) {}
+  DenseStorage(const AttentionForm& form, int64_t ring, const SelectionSpec& selection)
+      : form_(form), ring_(ring), selection_(selection) {}
 
   std::vector<CacheTensorForm> Tensors(int64_t batch) const override;
   void CheckPast(const std::vector<CacheTensor>& past, int64_t tokens) const override;
@@ -20,6 +22,7 @@ class DenseStorage : public CacheStorage {
  private:
   AttentionForm form_;
   int64_t ring_;
+  SelectionSpec selection_;
 };
 
 }  // namespace effc

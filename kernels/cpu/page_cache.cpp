@@ -3,12 +3,23 @@
 #include <algorithm>
 #include <string>
 
+#include "cpu/page_bounds.h"
 #include "cpu/page_step.h"
 
 namespace effc {
 
-PageStorage::PageStorage(const AttentionForm& form, const PageCacheSpec& spec)
-    : form_(form), spec_(spec), layout_(spec.page) {}
+PageStorage::PageStorage(const AttentionForm& form, const PageCacheSpec& spec,
+                         const SelectionSpec& selection)
+    : form_(form), spec_(spec), selection_(selection), layout_(spec.page) {
+  if (!selection.selects()) return;
+  if (!HasBounds(spec.page)) {
+    throw Error("selection 'pages' needs keys that are coded by channel in less than 16 bits");
+  }
+  if (selection.block != spec.page.page || selection.sinks != spec.sinks ||
+      selection.recent != spec.recent) {
+    throw Error("the selection has other sinks, recent tokens or blocks than the pages");
+  }
+}
 
 std::vector<CacheTensorForm> PageStorage::Tensors(int64_t batch) const {
   const std::vector<Type> types = {Type::kFloat, Type::kFloat16, Type::kBfloat16};
@@ -51,7 +62,12 @@ void PageStorage::Step(const Kernels& kernels, const AttentionOperands& operands
   const PageStore store(step);
   std::vector<Normaliser> normalisers;
   if (spec_.two_classes()) normalisers.resize(operands.batch * operands.seq * form_.heads);
-  Attend(kernels, form_, operands, tokens, store, parallel, y,
+  ChosenSlots chosen;
+  if (selection_.selects()) {
+    const PageBounds bounds(kernels, step);
+    chosen = ChooseSlots(kernels, form_, operands, tokens, selection_, bounds, parallel);
+  }
+  Attend(kernels, form_, operands, tokens, store, chosen, parallel, y,
          normalisers.empty() ? nullptr : normalisers.data());
   parallel(operands.batch * form_.kv_heads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t at = begin; at < end; ++at) {

@@ -3,6 +3,7 @@
 
 #include "cpu/cache_storage.h"
 #include "cpu/page.h"
+#include "cpu/selection.h"
 
 namespace effc {
 
@@ -31,7 +32,7 @@ struct PageCacheSpec {
 class PageStorage : public CacheStorage {
  public:
   // Throws Error for a page that there cannot be.
-  PageStorage(const AttentionForm& form, const PageCacheSpec& spec);
+  PageStorage(const AttentionForm& form, const PageCacheSpec& spec, const SelectionSpec& selection);
 
   std::vector<CacheTensorForm> Tensors(int64_t batch) const override;
   void CheckPast(const std::vector<CacheTensor>& past, int64_t tokens) const override;
@@ -44,6 +45,7 @@ class PageStorage : public CacheStorage {
  private:
   AttentionForm form_;
   PageCacheSpec spec_;
+  SelectionSpec selection_;
   PageLayout layout_;
 };
 

@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from effc.errors import InputError, UsageError
-from effc.ir.analysis.attention import attention_sites
 from effc.ir.analysis.cached_attention import CachedAttentionSite, cache_figures, cached_attention_sites
 from effc.ir.dialect.cache_storage import BITS, LANE_BLOCK, DenseStorage, StaticStorage, Storage
+from effc.ir.dialect.token_selection import AllTokens
 from effc.ir.program import Program
+from effc.passes.attention.cache_change import change_cache
 from effc.passes.attention.cache_schemes import DTYPES, SCHEMES, Scheme
 from effc.passes.attention.cached_attention import CachedAttention
-from effc.passes.attention.raising import reason_against
+from effc.passes.attention.raising import other_attention
 from effc.passes.attention.static_scales import Scales, measured_scales, read_scales
-from effc.passes.attention.storage_change import change_storage
 from effc.passes.base import Contract, LeftAlone, Match, Pass, PassReport, Site
 
 STATIC_BITS = {"int8": 8, "int4": 4}
@@ -112,14 +112,14 @@ class KvCache(Pass):
                 left.append(LeftAlone(attention.name, reason))
             else:
                 sites.append(Site(attention.name, (attention, self._storage(attention))))
-        return Match(sites, [*left, *_other_attention(program, bool(attentions))])
+        return Match(sites, [*left, *other_attention(program, bool(attentions))])
 
     def apply(self, program: Program, sites: Sequence[Site]) -> PassReport:
         """Give every site its storage."""
         scales = self._scales(program, [site.payload[0] for site in sites]) if self.native else [None] * len(sites)
         for site, constants in zip(sites, scales, strict=True):
             attention, storage = site.payload
-            change_storage(attention, storage, constants)
+            change_cache(attention, storage, scales=constants)
         layers = [cache_figures(site) for site in cached_attention_sites(program.graph)]
         return PassReport([site.name for site in sites], details={"cache": layers})
 
@@ -193,6 +193,8 @@ class KvCache(Pass):
             return "skipped by the options `first` and `last`"
         if not isinstance(site.storage, DenseStorage):
             return f"its cache has storage={site.storage.kind} already"
+        if not isinstance(site.selection, AllTokens):
+            return "its tokens are selected already; put kv-cache before sparse-attention"
         storage = self._storage(site)
         if storage == site.storage:
             window = f"; its window of {site.form.window} tokens bounds it" if site.form.window else ""
@@ -207,16 +209,6 @@ class KvCache(Pass):
         if any(size % LANE_BLOCK for size in sizes):
             return f"its heads have {sizes[0]} and {sizes[1]} elements, pages take multiples of {LANE_BLOCK}"
         return ""
-
-
-def _other_attention(program: Program, some: bool) -> list[LeftAlone]:
-    """Attention that is no `CachedAttention`, with the reason; the whole model where there is none of either kind."""
-    left = [
-        LeftAlone(site.name, reason)
-        for site in attention_sites(program.graph)
-        if (reason := reason_against(site, program))
-    ]
-    return left if left or some else [LeftAlone("the model", "it has no attention with a cache")]
 
 
 def _reason_against_static(site: CachedAttentionSite) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from effc.ir.analysis.attention import AttentionSite
+from effc.ir.analysis.attention import AttentionSite, attention_sites
 from effc.ir.dialect.cache_storage import FLOATS, DenseStorage
 from effc.ir.dialect.cached_attention import AttentionForm, cached_attention
 from effc.ir.program import Program
@@ -15,6 +15,7 @@ from effc.ir.rewrite.constants import new_constant, new_integers
 from effc.ir.rewrite.dataflow import attribute_int, is_op, permutation, producer
 from effc.ir.rewrite.edit import insert_value, replace
 from effc.passes.attention.step_sizes import StepSizes
+from effc.passes.base import LeftAlone
 
 TO_TOKENS = (0, 2, 1, 3)
 HIDDEN = np.finfo(np.float32).min
@@ -51,6 +52,16 @@ def reason_against(site: AttentionSite, program: Program) -> str:
     if not site.understood and (site.mask is None or site.mask.shape is None or len(site.mask.shape) not in (2, 4)):
         return "its mask has neither two nor four axes"
     return ""
+
+
+def other_attention(program: Program, some: bool) -> list[LeftAlone]:
+    """Attention that is no `CachedAttention`, with the reason; the whole model where there is none of either kind."""
+    left = [
+        LeftAlone(site.name, reason)
+        for site in attention_sites(program.graph)
+        if (reason := reason_against(site, program))
+    ]
+    return left if left or some else [LeftAlone("the model", "it has no attention with a cache")]
 
 
 def _read_elsewhere(site: AttentionSite) -> bool:

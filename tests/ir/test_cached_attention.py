@@ -305,7 +305,7 @@ def test_a_node_that_does_not_fit_is_refused(name: str, attribute: ir.Attr, mess
 
 def test_operands_that_do_not_fit_are_refused() -> None:
     values = node_inputs(FORM, DenseStorage())
-    with pytest.raises(InputError, match="storage=pages has 3 tensors"):
+    with pytest.raises(InputError, match="storage=pages with selection=all has 3 tensors"):
         make_node(FORM, PageStorage(dtype=ir.DataType.FLOAT), values)
     turned = {**values, "cos": values["query"], "sin": values["query"]}
     with pytest.raises(InputError, match="has none without"):

@@ -21,7 +21,16 @@ TYPES = {
     np.dtype(np.uint8): TensorProto.UINT8,
     np.dtype(np.bool_): TensorProto.BOOL,
 }
-DENSE: dict[str, object] = {
+ALL_TOKENS: dict[str, object] = {
+    "selection": "all",
+    "select_sinks": 0,
+    "select_recent": 0,
+    "select_block": 0,
+    "select_budget": 0,
+    "select_share": 0.0,
+    "dense_below": 0,
+}
+DENSE: dict[str, object] = ALL_TOKENS | {
     "storage": "dense",
     "ring": 0,
     "sinks": 0,

@@ -8,63 +8,18 @@ from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
-import onnxruntime as ort
 import pytest
+from decoders import KV_HEADS, SIZE, changed, decoder, run_steps
 
-from effc import kernels
 from effc.backends.onnxruntime.static_cache import lower_static_caches
 from effc.errors import UsageError
 from effc.ir.analysis.cached_attention import cached_attention_sites
 from effc.ir.dialect.cache_storage import DenseStorage, PageStorage, StaticStorage
-from effc.ir.dialect.cached_attention import AttentionForm, cached_attention, scale_values
+from effc.ir.dialect.cached_attention import scale_values
 from effc.ir.dialect.inline import inline_dialect
 from effc.ir.program import Program, Source, Task
 from effc.passes.attention.kv_cache import KvCache
 from effc.passes.pipeline_text import format_pipeline, parse_pipeline
-
-HEADS, KV_HEADS, SIZE = 4, 2, 32
-
-
-def decoder(
-    layers: int = 1, *, size: int = SIZE, windows: tuple[int, ...] = (), bias: bool = False, ring: bool = True
-) -> Program:
-    """Attention layers side by side, raised, over inputs q, k, v."""
-
-    def value(name: str, dtype: ir.DataType, *shape: int | str) -> ir.Value:
-        return ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
-
-    float32 = ir.DataType.FLOAT
-    operands = [
-        value("q", float32, "batch", "seq", HEADS * size),
-        value("k", float32, "batch", "seq", KV_HEADS * size),
-        value("v", float32, "batch", "seq", KV_HEADS * size),
-        value("valid", ir.DataType.BOOL, "batch", "total"),
-    ]
-    mask = value("bias", float32, 1, 1, "seq", "total") if bias else None
-    inputs, nodes, outputs = [*operands, *([mask] if mask else [])], [], []
-    for layer in range(layers):
-        window = windows[layer] if layer < len(windows) else 0
-        length = window if window and ring else "past"
-        past = [
-            value(f"past_key_values.{layer}.{kind}", float32, "batch", KV_HEADS, length, size)
-            for kind in ("key", "value")
-        ]
-        form = AttentionForm(HEADS, KV_HEADS, size, size, size**-0.5, window=window)
-        storage = DenseStorage(float32, window if ring else 0)
-        node = cached_attention(operands, past, form, storage, bias=mask, name=f"layers.{layer}.attention")
-        for output, name in zip(node.outputs, (f"y{layer}", f"present.{layer}.key", f"present.{layer}.value")):
-            output.name = name
-        inputs += past
-        nodes.append(node)
-        outputs += node.outputs
-    graph = ir.Graph(inputs, outputs, nodes=nodes, opset_imports={"": 24, "effc": 1}, name="decoder")
-    return Program(ir.Model(graph, ir_version=11), Task.CAUSAL_LM, Source("memory", "decoder"))
-
-
-def changed(program: Program, options: KvCache) -> Program:
-    result = program.clone()
-    options.apply(result, options.match(result).sites)
-    return result
 
 
 def storages(program: Program) -> list[object]:
@@ -188,38 +143,6 @@ def test_bytes_of_a_cache_of_8192_tokens(scheme: str, least: float, size: int) -
     (figures,) = report.details["cache"]
     assert figures["dense_bytes"] / figures["bytes"] >= least
     assert figures["bytes_of_codes"] < figures["bytes"]
-
-
-def run_steps(program: Program, steps: list[int], seed: int = 5) -> np.ndarray:
-    """y of all steps, the cache carried on; two rows, the second with 7 tokens of padding."""
-    options = ort.SessionOptions()
-    options.register_custom_ops_library(str(kernels.library_path()))
-    options.log_severity_level = 4
-    session = ort.InferenceSession(ir.to_proto(program.model).SerializeToString(), options)
-    draw = np.random.default_rng(seed)
-    sizes = {"batch": 2, "past": 0}
-    cache = {}
-    for past, _ in program.cache_pairs():
-        shape = [axis if isinstance(axis, int) else sizes.get(str(axis), 0) for axis in past.shape]
-        assert past.dtype is not None
-        cache[str(past.name)] = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(
-            np.zeros(shape, np.uint16 if past.dtype == ir.DataType.BFLOAT16 else past.dtype.numpy()), int(past.dtype)
-        )
-    names = [str(value.name) for value in program.graph.outputs]
-    pairs = {str(present.name): str(past.name) for past, present in program.cache_pairs()}
-    results, done = [], 0
-    for count in steps:
-        valid = np.ones((2, done + count), bool)
-        valid[1, :7] = False
-        feeds = {"valid": valid}
-        for name, heads in (("q", HEADS), ("k", KV_HEADS), ("v", KV_HEADS)):
-            feeds[name] = draw.standard_normal((2, count, heads * SIZE)).astype(np.float32)
-        values = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in feeds.items()}
-        outputs = dict(zip(names, session.run_with_ort_values(names, {**values, **cache})))
-        results.append(outputs["y0"].numpy())
-        cache = {past: outputs[present] for present, past in pairs.items()}
-        done += count
-    return np.concatenate(results, axis=1)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Give a `CachedAttention` another storage: a new node, new inputs and outputs of the graph for its cache."""
+"""Give a `CachedAttention` another cache: a new node, new inputs and outputs of the graph."""
 
 from __future__ import annotations
 
@@ -7,17 +7,24 @@ from collections.abc import MutableSequence, Sequence
 import onnx_ir as ir
 
 from effc.ir.analysis.cached_attention import CachedAttentionSite
-from effc.ir.dialect.cache_storage import Storage
-from effc.ir.dialect.cached_attention import cached_attention
+from effc.ir.dialect.cache_storage import StateTensor, Storage
+from effc.ir.dialect.cached_attention import cache_tensors, cached_attention
+from effc.ir.dialect.token_selection import TokenSelection
 from effc.passes.attention.static_scales import Scales, scale_tensors
 
 
-def change_storage(site: CachedAttentionSite, storage: Storage, scales: Scales | None = None) -> ir.Node:
+def change_cache(
+    site: CachedAttentionSite,
+    storage: Storage | None = None,
+    selection: TokenSelection | None = None,
+    scales: Scales | None = None,
+) -> ir.Node:
     """Replace the node; the tensors of its cache take the place of the old ones among inputs and outputs.
 
     Args:
         site: The attention; every tensor of its cache is an input, or an output, of the graph and read by it alone.
-        storage: How it is to keep its tokens.
+        storage: How it is to keep its tokens; None: as it does.
+        selection: Which of them it is to read; None: those it reads.
         scales: Of a static storage.
 
     Returns:
@@ -27,17 +34,21 @@ def change_storage(site: CachedAttentionSite, storage: Storage, scales: Scales |
     assert isinstance(graph, ir.Graph)
     query, key, value, valid, bias, cos, sin = node.inputs[:7]
     assert query is not None and key is not None and value is not None and valid is not None
-    past = _inputs(site, storage)
+    storage, selection = storage or site.storage, selection or site.selection
+    tensors = cache_tensors(site.form, storage, selection)
+    past = _inputs(site, tensors)
     tables = (cos, sin) if cos is not None and sin is not None else None
     constants = scale_tensors(graph, _prefix(site.past[0]), scales) if scales is not None else []
+    operands = [query, key, value, valid]
     new = cached_attention(
-        [query, key, value, valid], past, site.form, storage, bias=bias, tables=tables, scales=constants, name=node.name
-    )
+        operands, past, site.form, storage,
+        selection=selection, bias=bias, tables=tables, scales=constants, name=node.name,
+    )  # fmt: skip
     graph.insert_before(node, new)
     _take_places(graph.inputs, site.past, past)
     present = node.outputs[1:]
     prefix = _prefix(present[0])
-    for output, tensor in zip(new.outputs[1:], storage.tensors(site.form.sizes), strict=True):
+    for output, tensor in zip(new.outputs[1:], tensors, strict=True):
         output.name = f"{prefix}.{tensor.name}"
     _take_places(graph.outputs, present, new.outputs[1:])
     new.outputs[0].name = node.outputs[0].name
@@ -46,7 +57,7 @@ def change_storage(site: CachedAttentionSite, storage: Storage, scales: Scales |
     return new
 
 
-def _inputs(site: CachedAttentionSite, storage: Storage) -> list[ir.Value]:
+def _inputs(site: CachedAttentionSite, tensors: Sequence[StateTensor]) -> list[ir.Value]:
     old = site.past[0]
     assert old.shape is not None
     batch, prefix = old.shape[0], _prefix(old)
@@ -56,7 +67,7 @@ def _inputs(site: CachedAttentionSite, storage: Storage) -> list[ir.Value]:
             type=ir.TensorType(tensor.dtype),
             shape=ir.Shape([batch if axis == "batch" else axis for axis in tensor.shape]),
         )
-        for tensor in storage.tensors(site.form.sizes)
+        for tensor in tensors
     ]
 
 

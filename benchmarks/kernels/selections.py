@@ -1,0 +1,122 @@
+"""Speed of decoding steps that read a part of the cache, beside steps that read all of it.
+
+Run: `python benchmarks/kernels/selections.py [--threads 2] [--rounds 9] [--heads 32/8] [--tokens 32768] [--budget 2048]
+[--storages fp32 bf16 int8 int4]`
+
+One new token over a full cache, in equal nodes that overflow the caches of the processor together. The variants take turns in one
+process. Bytes are those that a step needs: bounds of all blocks, keys and values of those that are read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import onnxruntime as ort
+from cached_attention import DTYPES, SIZE, STORAGES, Case, Variant, cached_node_runner, dense_caches, paged_caches
+
+from effc import kernels
+
+NODES = 4
+SINKS, RECENT, BLOCK = 4, 32, 16
+
+
+def selected(variant: Variant, budget: int) -> Variant:
+    """The variant with a selection of blocks."""
+    paged = "page" in variant.attributes
+    sinks, recent, block = (
+        (variant.attributes[name] for name in ("sinks", "recent", "page")) if paged else (SINKS, RECENT, BLOCK)
+    )
+    attributes = {"selection": "pages", "select_sinks": sinks, "select_recent": recent, "select_block": block}
+    return replace(variant, attributes=variant.attributes | attributes | {"select_budget": budget})
+
+
+def caches_of(case: Case, variant: Variant) -> dict[str, np.ndarray]:
+    """Random caches of one node, with bounds where they are tensors."""
+    if "page" in variant.attributes:
+        caches = paged_caches(case, variant)
+        distinct = np.random.default_rng(2).permuted(np.arange(caches["p0"].shape[2]) % 2 == 0)
+        caches["p0"][:, :, distinct, 64:] ^= 1  # pages that are not all alike
+        return caches
+    caches = dense_caches(case, DTYPES[variant.type])
+    if "selection" in variant.attributes:
+        keys = caches["k0"][:, :, SINKS : SINKS + (case.total - SINKS) // BLOCK * BLOCK].astype(np.float32)
+        parts = keys.reshape(1, case.kv_heads, -1, BLOCK, SIZE)
+        bounds = np.concatenate([parts.min(axis=3), parts.max(axis=3)], axis=3).astype(DTYPES[variant.type])
+        room = case.total // BLOCK - bounds.shape[2]
+        caches["b0"] = np.pad(bounds, ((0, 0), (0, 0), (0, room), (0, 0)))
+    return caches
+
+
+def bytes_needed(case: Case, variant: Variant, caches: dict[str, np.ndarray], budget: int) -> float:
+    """Bytes a step of one node needs."""
+    if "page" not in variant.attributes:
+        tokens = case.total
+        bounds = 0.0
+        if "selection" in variant.attributes:
+            bounds, tokens = caches["b0"].nbytes, budget + SINKS + RECENT + BLOCK
+        return bounds + sum(caches[name].nbytes for name in ("k0", "v0")) * tokens / case.total
+    exact = sum(caches[name].nbytes for name in ("k0", "v0"))
+    pages = variant.pages(case.total)
+    share, parameters = 1.0, 0.0
+    if "selection" in variant.attributes:
+        share = budget / int(str(variant.attributes["page"])) / pages
+        parameters = pages * case.kv_heads * (4 * SIZE + 4)
+    return exact + parameters + share * caches["p0"].nbytes
+
+
+def measure(case: Case, storages: list[str], budget: int, threads: int, rounds: int) -> None:
+    """Print one table."""
+    variants = {}
+    for name in storages:
+        variants[name] = STORAGES[name]
+        variants[f"{name}, pages"] = selected(STORAGES[name], budget)
+    runners: dict[str, Callable[[], float]] = {}
+    needed = {}
+    for name, variant in variants.items():
+        caches = caches_of(case, variant)
+        needed[name] = NODES * bytes_needed(case, variant, caches, budget)
+        every = {f"{key[:-1]}{i}": array for i in range(NODES) for key, array in caches.items()}
+        runners[name] = cached_node_runner(case, variant, every, NODES, threads)
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    reads = []
+    for _ in range(rounds):
+        reads.append(kernels.read_bandwidth(1 << 28, threads, rounds=2))
+        for name, run in runners.items():
+            times[name].append(run())
+    heads = f"{case.heads}/{case.kv_heads} heads of {SIZE}"
+    print(f"{heads}, {case.total} tokens, budget {budget}, {max(reads) / 1e9:.1f} GB/s")
+    dense = statistics.median(times[storages[0]])
+    for name in variants:
+        median, best = statistics.median(times[name]), min(times[name])
+        same = statistics.median(times[name.partition(",")[0]])
+        print(
+            f"  {name:14} {median * 1e6 / NODES:9.1f} us (best {best * 1e6 / NODES:9.1f})  {dense / median:6.2f} x "
+            f"{storages[0]}, {same / median:6.2f} x all of the same storage, {needed[name] / NODES / 1e6:7.2f} MB, "
+            f"{needed[name] / median / max(reads):4.0%} of the memory limit",
+            flush=True,
+        )
+
+
+def main() -> None:
+    """Parse the command line and print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--heads", nargs="+", default=["32/8", "8/2"])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[32768])
+    parser.add_argument("--budget", type=int, default=2048)
+    parser.add_argument("--storages", nargs="+", default=["fp32", "bf16", "int8", "int4"], choices=list(STORAGES))
+    args = parser.parse_args()
+    print(f"{kernels.isa()}, {args.threads} threads, onnxruntime {ort.__version__}")
+    for text in args.heads:
+        heads, kv_heads = map(int, text.split("/"))
+        for total in args.tokens:
+            measure(Case(heads, kv_heads, 1, total), args.storages, args.budget, args.threads, args.rounds)
+
+
+if __name__ == "__main__":
+    main()

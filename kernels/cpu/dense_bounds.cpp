@@ -1,0 +1,67 @@
+#include "cpu/dense_bounds.h"
+
+#include <cstring>
+#include <limits>
+#include <vector>
+
+namespace effc {
+namespace {
+
+char* BoundsOf(const CacheTensor& tensor, int64_t row, int64_t head, int64_t block) {
+  const int64_t at = ((row * tensor.dims[1] + head) * tensor.dims[2] + block) * tensor.dims[3];
+  return tensor.data + at * ElementBytes(tensor.type);
+}
+
+}  // namespace
+
+// The bound is a product as well: sum of min(q, 0) * minimum + max(q, 0) * maximum.
+void DenseBounds::Score(int64_t row, int64_t head, const float* queries, int64_t m, int64_t begin,
+                        int64_t end, float* scores, int64_t stride) const {
+  const int64_t d = form_.head_size;
+  const int64_t width = PaddedRow(2 * d);
+  float* const signs = ThreadFloats(kPageQueries, m * width);
+  std::fill(signs, signs + m * width, 0.0f);
+  for (int64_t i = 0; i < m; ++i) {
+    for (int64_t j = 0; j < d; ++j) {
+      const float q = queries[i * PaddedRow(d) + j];
+      signs[i * width + j] = std::min(q, 0.0f);
+      signs[i * width + d + j] = std::max(q, 0.0f);
+    }
+  }
+  const TokenRows rows{BoundsOf(bounds_, row, head, begin), bounds_.type, 2 * d};
+  kernels_.attention->scores(signs, width, m, rows, end - begin, 2 * d, scores + begin, stride, 0);
+}
+
+void WriteBounds(const Kernels& kernels, const AttentionOperands& operands, int64_t start,
+                 const SelectionSpec& spec, const CacheTensor& keys, const CacheTensor& past,
+                 const CacheTensor& present, int64_t row, int64_t head) {
+  const AttentionKernels& pieces = *kernels.attention;
+  const int64_t d = keys.dims[3];
+  const int64_t old = BoundedBlocks(spec, operands.past() - start);
+  const int64_t blocks = BoundedBlocks(spec, operands.total - start);
+  if (past.data != present.data) {
+    char* const out = BoundsOf(present, row, head, 0);
+    char* const unknown = BoundsOf(present, row, head, blocks);
+    if (old > 0)
+      std::memcpy(out, BoundsOf(past, row, head, 0),
+                  BoundsOf(past, row, head, old) - BoundsOf(past, row, head, 0));
+    std::memset(unknown, 0, BoundsOf(present, row, head, present.dims[2]) - unknown);
+  }
+  std::vector<float> key(d), bounds(2 * d);
+  const int64_t first = (row * keys.dims[1] + head) * keys.dims[2] + start + spec.sinks;
+  for (int64_t b = old; b < blocks; ++b) {
+    std::fill(bounds.begin(), bounds.begin() + d, std::numeric_limits<float>::infinity());
+    std::fill(bounds.begin() + d, bounds.end(), -std::numeric_limits<float>::infinity());
+    for (int64_t t = 0; t < spec.block; ++t) {
+      const int64_t at = (first + b * spec.block + t) * d;
+      pieces.widen(keys.data + at * ElementBytes(keys.type), keys.type, d, key.data());
+      for (int64_t j = 0; j < d; ++j) {
+        bounds[j] = std::min(bounds[j], key[j]);
+        bounds[d + j] = std::max(bounds[d + j], key[j]);
+      }
+    }
+    pieces.narrow(bounds.data(), 2 * d, present.type, BoundsOf(present, row, head, b));
+  }
+}
+
+}  // namespace effc

@@ -1,0 +1,77 @@
+// Which cached tokens a step reads where it does not read all of them. docs/cached-attention.md,
+// section "Selection".
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <vector>
+
+#include "cpu/cached_attention.h"
+
+namespace effc {
+
+enum class SelectionKind : int32_t { kAll, kPages };
+
+// The attributes of a selection. A row's tokens before a step are `sinks` first ones, whole blocks,
+// and at least `recent` last ones; a step chooses among the blocks.
+struct SelectionSpec {
+  SelectionKind kind = SelectionKind::kAll;
+  int64_t sinks = 0;
+  int64_t recent = 0;
+  int64_t block = 0;        // tokens
+  int64_t budget = 0;       // tokens chosen, at least
+  float share = 0;          // of the blocks chosen, at least
+  int64_t dense_below = 0;  // up to so many tokens everything is read
+
+  bool selects() const { return kind != SelectionKind::kAll; }
+  // Blocks to choose from, of a row with this many tokens before the step.
+  int64_t Blocks(int64_t tokens) const {
+    return std::max<int64_t>(0, tokens - sinks - recent) / block;
+  }
+  int64_t Wanted(int64_t blocks) const {
+    const auto shared = static_cast<int64_t>(std::ceil(static_cast<double>(share) * blocks));
+    return std::max({int64_t{1}, budget / block, shared});
+  }
+};
+
+// Slots [begin, end).
+struct SlotRun {
+  int64_t begin;
+  int64_t end;
+};
+
+// What every row and key head reads in a step; a row without runs reads everything.
+class ChosenSlots {
+ public:
+  ChosenSlots() = default;
+  ChosenSlots(int64_t rows, int64_t heads) : heads_(heads), runs_(rows * heads) {}
+
+  bool Selects(int64_t row) const { return !runs_.empty() && !runs_[row * heads_].empty(); }
+  std::vector<SlotRun>& Runs(int64_t row, int64_t head) { return runs_[row * heads_ + head]; }
+  const std::vector<SlotRun>& Runs(int64_t row, int64_t head) const {
+    return runs_[row * heads_ + head];
+  }
+
+ private:
+  int64_t heads_ = 0;
+  std::vector<std::vector<SlotRun>> runs_;
+};
+
+// What is known of the blocks of a cache without reading their tokens.
+class BlockBounds {
+ public:
+  virtual ~BlockBounds() = default;
+  // bounds[i * stride + b] >= dot(query row i, every key of block b), for blocks [begin, end) of a
+  // row and key head. Rows of queries are PaddedRow(D) apart.
+  virtual void Score(int64_t row, int64_t head, const float* queries, int64_t m, int64_t begin,
+                     int64_t end, float* bounds, int64_t stride) const = 0;
+};
+
+// Chooses for a step of one new token; a step of several reads everything.
+ChosenSlots ChooseSlots(const Kernels& kernels, const AttentionForm& form,
+                        const AttentionOperands& operands, const NewTokens& tokens,
+                        const SelectionSpec& spec, const BlockBounds& bounds,
+                        const ParallelFunction& parallel);
+
+}  // namespace effc

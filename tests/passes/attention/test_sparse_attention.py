@@ -1,0 +1,115 @@
+"""The pass `sparse-attention`: options, choice of layers, the new cache of the graph, its body in standard ops."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from decoders import changed, decoder, run_steps
+
+from effc.errors import InputError, UsageError
+from effc.ir.analysis.cached_attention import cached_attention_sites
+from effc.ir.dialect.inline import inline_dialect
+from effc.ir.dialect.token_selection import AllTokens, PageSelection
+from effc.ir.program import Program
+from effc.passes.attention.kv_cache import KvCache
+from effc.passes.attention.sparse_attention import SparseAttention
+from effc.passes.pipeline_text import format_pipeline, parse_pipeline
+
+STEPS = [90, 30, *[1] * 40, 17, *[1] * 20]
+
+
+def sparse(**options: object) -> SparseAttention:
+    return SparseAttention(**{"first": 0, "budget": 32, **options})  # type: ignore[arg-type]
+
+
+def reasons(program: Program, options: SparseAttention) -> list[str]:
+    return [item.reason for item in options.match(program).left]
+
+
+def test_a_dense_cache_gets_bounds() -> None:
+    result = changed(decoder(2), sparse(block=8))
+    names = [value.name for value in result.graph.inputs][4:]
+    assert names == [f"past_key_values.{layer}.{name}" for layer in (0, 1) for name in ("key", "value", "bounds")]
+    past, present = result.cache_pairs()[2]
+    assert (str(past.shape[2]), str(present.shape[2])) == ("past // 8", "total // 8")
+    assert past.dtype == ir.DataType.FLOAT
+    (site, _) = cached_attention_sites(result.graph)
+    assert site.selection == PageSelection(block=8, budget=32)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4", "kivi", "zipcache"])
+def test_a_coded_cache_brings_its_blocks(scheme: str) -> None:
+    coded = changed(decoder(), KvCache(scheme))  # type: ignore[arg-type]
+    result = changed(coded, sparse())
+    assert [v.name for v in result.graph.inputs] == [v.name for v in coded.graph.inputs]
+    (site,) = cached_attention_sites(result.graph)
+    storage = site.storage
+    assert site.selection == PageSelection(storage.sinks, storage.recent, storage.page, 32)  # type: ignore[attr-defined]
+
+
+def test_what_is_left_alone() -> None:
+    options = sparse(first=1, last=1)
+    program = decoder(4, windows=(0, 150, 0, 0))
+    match = options.match(program)
+    assert [site.payload[0].node.name for site in match.sites] == ["layers.2.attention"]
+    assert sorted(item.reason for item in match.left) == [
+        "its window of 150 tokens bounds what it reads",
+        "skipped by the options `first` and `last`",
+        "skipped by the options `first` and `last`",
+    ]
+    assert reasons(decoder(bias=True), sparse()) == [
+        "its mask is only known as numbers added to the scores, so what it hides cannot be told"
+    ]
+    assert "balanced" in reasons(changed(decoder(), KvCache("mikv")), sparse())[0]
+    assert reasons(changed(decoder(), sparse()), sparse()) == ["it has selection=pages already"]
+    assert "put kv-cache before" in KvCache("int8").match(changed(decoder(), sparse())).left[0].reason
+    assert "other sinks" in reasons(changed(decoder(), KvCache("int8")), sparse(recent=64))[0]
+    assert reasons(decoder(), sparse(skip=("attention*",))) == ["skipped by the option `skip`"]
+
+
+def test_figures_of_the_report() -> None:
+    program = decoder(3)
+    options = SparseAttention(share=0.25)
+    report = options.apply(program, options.match(program).sites)
+    first, _, last = report.details["selection"]
+    assert (first["selection"], first["reads"]) == ("all", {"2048": 2048, "8192": 8192, "32768": 32768})
+    blocks = (8192 - 36) // 16
+    assert last["reads"]["8192"] == 8192 - (blocks - -(-blocks // 4)) * 16
+    assert (last["selection"], last["select_budget"], last["select_share"]) == ("pages", 0, 0.25)
+
+
+SELECTIONS = [sparse(), sparse(share=0.3, budget=0, block=5), sparse(dense_below=150), sparse(sinks=0, recent=0)]
+
+
+@pytest.mark.parametrize("options", SELECTIONS, ids=str)
+@pytest.mark.parametrize("storage", [KvCache("dense", dtype="float32"), KvCache("dense")], ids=["float32", "bfloat16"])
+def test_the_kernel_computes_what_the_body_says(options: SparseAttention, storage: KvCache) -> None:
+    program = changed(decoder(), storage, options)
+    body = program.clone()
+    inline_dialect(body.model)
+    found, expected = run_steps(program, STEPS), run_steps(body, STEPS)
+    seen = np.ones(found.shape[:2], bool)
+    seen[1, :7] = False
+    np.testing.assert_allclose(found[seen], expected[seen], atol=1e-5)
+    dense = run_steps(changed(decoder(), storage), STEPS)
+    assert np.abs(found - dense)[seen].max() > 1e-3
+
+
+@pytest.mark.parametrize("scheme", ["dense", "int8", "int4", "kivi", "zipcache"])
+def test_a_full_budget_changes_nothing(scheme: str) -> None:
+    stored = changed(decoder(), KvCache(scheme))  # type: ignore[arg-type]
+    found = run_steps(changed(stored, sparse(share=1.0)), STEPS)
+    assert np.array_equal(found, run_steps(stored, STEPS))
+
+
+def test_coded_pages_that_are_selected_have_no_body() -> None:
+    program = changed(decoder(), KvCache("int8"), sparse())
+    with pytest.raises(InputError, match="storage=pages has no body"):
+        inline_dialect(program.model)
+
+
+def test_selections_of_the_op() -> None:
+    assert AllTokens().read_at(77) == 77
+    selection = PageSelection(sinks=4, recent=32, block=16, budget=64)
+    assert [selection.read_at(tokens) for tokens in (0, 35, 100, 131, 132)] == [0, 35, 100, 115, 100]
