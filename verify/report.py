@@ -71,6 +71,7 @@ def render_report(
         manifest=manifest,
         facts=_facts(manifest),
         passes=[_pass_row(record) for record in manifest["passes"]],
+        caches=(manifest["cache"] or {}).get("layers", ()),
         sizes=_size_rows(manifest["bytes"]),
         weights=weight_rows(manifest["passes"]),
         weight_limit=TOP_WEIGHTS,

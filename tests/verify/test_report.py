@@ -141,6 +141,16 @@ def test_every_cell_lies_within_its_picture(manifest: dict) -> None:
         assert all(x + 92 <= picture.width and y + 46 <= picture.height for x, y in places)
 
 
+def test_the_cache_of_every_layer(manifest: dict) -> None:
+    figures = {"storage": "pages", "bits": 4, "bits_with_parameters": 4.39, "tokens": 8192, "bytes_of_codes": 1}
+    layers = [{"site": f"layer {i}", "bytes": 250_000 * (i + 1), "dense_bytes": 1_000_000, **figures} for i in (0, 1)]
+    text = render_report({**manifest, "cache": {"mode": "in-place", "entries": [], "layers": layers}})
+    check(text)
+    rows = [re.sub(r"<[^>]+>", " ", row).split() for row in re.findall(r"<tr>.*?</tr>", text, re.S)]
+    assert ["layer", "1", "pages", "4.39", "500", "kB", "50.0", "%"] in rows
+    assert ["all", "layers", "750", "kB", "37.5", "%"] in rows
+
+
 def test_an_unchecked_pass_says_so(manifest: dict) -> None:
     text = render_report({**manifest, "passes": [{**RECORD, "measured": {}, "details": {}, "left": []}]})
     check(text)
