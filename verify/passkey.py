@@ -17,6 +17,8 @@ from effc.verify.steps import CHUNK, token_feed
 from effc.verify.text import begin_token
 
 SIDES = ("source", "engine")
+SINGLE = 16
+"""Tokens at the end of a prompt that are read one by one, as decoding does: some engines read them differently."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ def measure_passkey(
         engine: The engine in question.
         reference: What it is compared with.
         task: Lengths, depths and samples.
-        chunk: Tokens of a prompt read in one run; the answer is read token by token.
+        chunk: Tokens of a prompt read in one run; its end and the answer are read token by token.
         progress: Called with a line before each length and depth, and zeros.
 
     Returns:
@@ -110,14 +112,15 @@ def _make(task: PasskeyTask, engine: Engine, reference: Engine, length: int, dep
 
 
 def answer(engine: Engine, prompt: Prompt, *, chunk: int = CHUNK) -> Answer:
-    """Read a prompt and then, one by one, the tokens of the right answer.
+    """Read a prompt, its last `SINGLE` tokens one by one, and so the tokens of the right answer.
 
     Logits are kept for one token at a time where the engine computes only those that are asked for, else for `chunk`.
     """
     ids = np.array([[*prompt.ids, *prompt.answer[:-1]]], np.int64)
     state = engine.new_state(1, max_length=ids.shape[1])
     last = len(prompt.ids)
-    starts = [*range(0, last, chunk), *range(last, ids.shape[1])]
+    single = max(0, last - SINGLE)
+    starts = [*range(0, single, chunk), *range(single, ids.shape[1])]
     rows: list[tuple[bool, float, int]] = []
     for start, end in zip(starts, [*starts[1:], ids.shape[1]], strict=True):
         wanted = ["logits"] if end >= last else []
