@@ -199,7 +199,10 @@ class Attention {
       const bool ordered = NeedsOrder(slots, rows, m);
       reader_.Scores(block, queries, m, ordered, scores);
       pieces_.absorb(rows, m, slots, scores, kScoreStride, sums, sum_stride_, form_.value_size);
-      reader_.Values(block, scores, m, ordered, sums);
+      const bool last = block.end == task.to;
+      const BlockPlace next{task.row, task.head, last ? block.begin : block.end,
+                            last ? block.end : store_.BlockEnd(task.row, block.end, task.to)};
+      reader_.Values(block, scores, m, ordered, sums, next);
     }
   }
 
@@ -221,16 +224,19 @@ class Attention {
       }
       const bool all = std::memchr(valid.data(), 0, count) == nullptr;
       for (int64_t i = from, at = 0; i < to; at += Length(i++)) {
-        reader_.Scores({task.row, task.head, slots_[i].begin, slots_[i].end}, queries, m, !all,
-                       scores + at);
+        reader_.Scores(Piece(task, i), queries, m, !all, scores + at);
       }
       const SlotBlock block{0, count, all ? nullptr : valid.data(), form_.scale, form_.softcap};
       pieces_.absorb(rows, m, block, scores, kScoreStride, sums, sum_stride_, form_.value_size);
       for (int64_t i = from, at = 0; i < to; at += Length(i++)) {
-        reader_.Values({task.row, task.head, slots_[i].begin, slots_[i].end}, scores + at, m, !all,
-                       sums);
+        reader_.Values(Piece(task, i), scores + at, m, !all, sums,
+                       Piece(task, std::min(i + to - from, task.to - 1)));
       }
     }
+  }
+
+  BlockPlace Piece(const Task& task, int64_t i) const {
+    return {task.row, task.head, slots_[i].begin, slots_[i].end};
   }
 
   int64_t Length(int64_t slots) const { return slots_[slots].end - slots_[slots].begin; }
