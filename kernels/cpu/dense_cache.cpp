@@ -85,8 +85,7 @@ std::vector<CacheTensorForm> DenseStorage::Tensors(int64_t batch) const {
       {"past key", types, {batch, form_.kv_heads, capacity, form_.head_size}},
       {"past value", types, {batch, form_.kv_heads, capacity, form_.value_size}}};
   if (selection_.selects()) {
-    forms.push_back(
-        {"past bounds", types, {batch, form_.kv_heads, -1, 2 * form_.head_size}});
+    forms.push_back({"past bounds", types, {batch, form_.kv_heads, -1, 2 * form_.head_size}});
   }
   return forms;
 }

@@ -7,14 +7,13 @@ import onnx_ir as ir
 import pytest
 from decoders import changed, decoder, run_steps
 
-from effc.errors import InputError, UsageError
+from effc.errors import InputError
 from effc.ir.analysis.cached_attention import cached_attention_sites
 from effc.ir.dialect.inline import inline_dialect
 from effc.ir.dialect.token_selection import AllTokens, PageSelection
 from effc.ir.program import Program
 from effc.passes.attention.kv_cache import KvCache
 from effc.passes.attention.sparse_attention import SparseAttention
-from effc.passes.pipeline_text import format_pipeline, parse_pipeline
 
 STEPS = [90, 30, *[1] * 40, 17, *[1] * 20]
 
