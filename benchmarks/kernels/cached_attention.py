@@ -45,6 +45,7 @@ NO_STORAGE: dict[str, object] = {
     "select_budget": 0,
     "select_share": 0.0,
     "dense_below": 0,
+    "select_positions": "none",
 }
 
 

@@ -3,8 +3,8 @@
 Run: `python benchmarks/kernels/selections.py [--threads 2] [--rounds 9] [--heads 32/8] [--tokens 32768] [--budget 2048]
 [--storages fp32 bf16 int8 int4]`
 
-One new token over a full cache, in equal nodes that together overflow the caches of the processor. The variants take turns in
-one process. Bytes are those that a step needs: bounds of all blocks, keys and values of those that are read.
+One new token over a full cache, in equal nodes that together overflow the caches of the processor. The variants take
+turns in one process. Bytes are those that a step needs: bounds of all blocks, keys and values of those that are read.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ import onnx_ir as ir
 from onnx_ir.tape import Tape
 
 from effc.ir.dialect.cache_storage import DenseStorage, StaticStorage
-from effc.ir.dialect.cached_attention import AttentionForm, past_values, scale_values
+from effc.ir.dialect.cached_attention import AttentionForm, constant_values, past_values
 
 
 class DenseBody:
@@ -139,7 +139,7 @@ class StaticBody(DenseBody):
     def _cache(self, keys: ir.Value, values: ir.Value) -> tuple[list[ir.Value], list[ir.Value]]:
         joined, present = [], []
         sizes = (self.form.head_size, self.form.value_size)
-        old, scales = past_values(self.node), scale_values(self.node)
+        old, scales = past_values(self.node), constant_values(self.node)
         for codes, new, scale, size in zip(old, (keys, values), scales, sizes, strict=True):
             stored = self._encoded(new, scale, size)
             cached = self._op("Slice", codes, self._integers(0), self.past, self._integers(2))
