@@ -71,7 +71,9 @@ class WindowBody(DenseBody):
         index = self._op("Expand", self._op("Unsqueeze", inside, self._integers(1, 3)), self._op("Shape", old))
         found = self._op("GatherElements", self._op("Pad", new, padding), index, axis=2)
         rounded = self._op("Cast", found, to=int(self.storage.dtype))
-        return self._op("Where", self._op("Unsqueeze", here, self._integers(1, 3)), rounded, old)
+        both = [self._op("Cast", one, to=int(ir.DataType.FLOAT)) for one in (rounded, old)]
+        kept = self._op("Where", self._op("Unsqueeze", here, self._integers(1, 3)), *both)
+        return self._op("Cast", kept, to=int(self.storage.dtype))
 
     def _far_mask(self) -> ir.Value:
         """Which sinks each query sees beyond its window, boolean [batch, 1, seq, sinks]."""

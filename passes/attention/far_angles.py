@@ -6,8 +6,9 @@ import numpy as np
 import onnx_ir as ir
 
 from effc.ir.analysis.cached_attention import CachedAttentionSite
-from effc.ir.rewrite.constants import new_constant
+from effc.ir.rewrite.constants import constant_tensor, new_constant
 from effc.ir.rewrite.dataflow import read_values
+from effc.passes.canonical.constant_folding import evaluate
 
 POSITIONS = "position_ids"
 
@@ -34,8 +35,8 @@ class FarAngles:
     def at(self, site: CachedAttentionSite, position: int) -> list[ir.Value]:
         """Cosines and sines [1, 1, rotary_size / 2] of a position.
 
-        They are the nodes that compute the model's own, copied behind a constant position; folding makes them
-        constants.
+        They are the nodes that compute the model's own, copied behind a constant position, and constants as far as
+        they depend on nothing else.
         """
         return [self._table(table, position, site.node) for table in site.node.inputs[5:7] if table is not None]
 
@@ -53,11 +54,18 @@ class FarAngles:
             copy = ir.Node(
                 node.domain, node.op_type, inputs, list(node.attributes.values()), num_outputs=len(node.outputs)
             )
-            for old, new in zip(node.outputs, copy.outputs, strict=True):
-                new.type = old.type
-                copies[old] = new
-            self.graph.insert_before(before, copy)
+            copies.update(zip(node.outputs, self._results(copy, before), strict=True))
         return copies[table]
+
+    def _results(self, node: ir.Node, before: ir.Node) -> list[ir.Value]:
+        """The outputs of a new node: constants where it reads nothing else."""
+        if all(value is None or constant_tensor(value) is not None for value in node.inputs):
+            results = [new_constant(self.graph, array) for array in evaluate(node)]
+            for place in range(len(node.inputs)):
+                node.replace_input_with(place, None)
+            return results
+        self.graph.insert_before(before, node)
+        return list(node.outputs)
 
     def _chain(self, table: ir.Value) -> list[ir.Node]:
         """The nodes between the positions and a table, in order; empty when it does not depend on them."""
