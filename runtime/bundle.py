@@ -65,11 +65,13 @@ class CacheLayout:
         ports: The tensors, in graph order.
         layers: For each attention of ours, what one row takes: `site`, `storage`, `bits` and `bits_with_parameters`
             of an element, and at `tokens` tokens `bytes`, `bytes_of_codes` and `dense_bytes` (bfloat16).
+        endless: Whether no attention ever meets a position beyond a fixed one, so that any number of tokens will do.
     """
 
     mode: str
     ports: list[CachePort] = field(default_factory=list)
     layers: list[dict[str, Any]] = field(default_factory=list)
+    endless: bool = False
 
 
 @dataclass(frozen=True)
@@ -165,7 +167,7 @@ def _parse(path: Path, content: Mapping[str, Any]) -> Manifest:
         values["outputs"] = [Port(**port) for port in values["outputs"]]
         if values["cache"] is not None:
             ports = [CachePort(**port) for port in values["cache"]["ports"]]
-            values["cache"] = CacheLayout(values["cache"]["mode"], ports, values["cache"].get("layers", []))
+            values["cache"] = CacheLayout(**{**values["cache"], "ports": ports})
         manifest = Manifest(**values)
         for name in (manifest.model, *manifest.files):
             _check_name(path, name)

@@ -96,7 +96,7 @@ def generate(
         return []
     needs_text = engine.has_tokenizer or bool(stop) or stream is not None
     decode = engine.tokenizer.decode if needs_text else _no_text
-    limit = limits.position_limit(engine.manifest.config)
+    limit = limits.token_limit(engine.manifest)
     eos = limits.eos_ids(engine.manifest.config, engine.assets)
     rows = []
     for index, ids in enumerate(prompt_ids):

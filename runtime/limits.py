@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from effc.runtime.assets import Assets
+from effc.runtime.bundle import Manifest
 
 LENGTH_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "max_sequence_length", "max_seq_len")
 """Names under which configurations keep the longest input."""
@@ -28,6 +29,12 @@ def position_limit(config: Mapping[str, Any]) -> int | None:
             offset = config.get("pad_token_id") if config.get("model_type") in OFFSET_MODELS else None
             return value - (offset + 1 if isinstance(offset, int) else 0)
     return None
+
+
+def token_limit(manifest: Manifest) -> int | None:
+    """Most tokens an engine takes, or None when there is no bound or its configuration does not say."""
+    endless = manifest.cache is not None and manifest.cache.endless
+    return None if endless else position_limit(manifest.config)
 
 
 def eos_ids(config: Mapping[str, Any], assets: Assets) -> frozenset[int]:

@@ -41,8 +41,7 @@ void WriteSinks(const Kernels& kernels, const AttentionForm& form,
     if (past[i].data != present[i].data) {
       const int64_t bytes = past[i].dims[3] * ElementBytes(past[i].type);
       char* const to = static_cast<char*>(const_cast<void*>(Place(present[i], row, head, 0).data));
-      if (old > 0) std::memcpy(to, Place(past[i], row, head, 0).data, old * bytes);
-      std::memset(to + old * bytes, 0, (spec.sinks - old) * bytes);
+      std::memcpy(to, Place(past[i], row, head, 0).data, spec.sinks * bytes);
     }
     for (int64_t t = old; t < now; ++t) {
       const int64_t token = start + t - operands.past();

@@ -35,7 +35,8 @@ class FarSinks {
   const CacheTensor& values_;
 };
 
-// Sinks of `past`, and those among the new tokens, into `present`; one row and head.
+// Sinks of `past`, and those among the new tokens, into `present`; one row and head. A place that
+// has no token keeps what it held.
 void WriteSinks(const Kernels& kernels, const AttentionForm& form,
                 const AttentionOperands& operands, const NewTokens& tokens,
                 const SelectionSpec& spec, const CacheTensor* past, const CacheTensor* present,
