@@ -24,9 +24,10 @@ from effc.errors import InputError
     help="The text that prompts begin with; `-` is stdin.",
 )
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, metavar="DIR", help="Folder to write.")
+@click.option("--chat", is_flag=True, help="The text is the system message of chats: use the model's chat template.")
 @threads_option
 @json_option
-def command(engine: Path, file: Any, output: Path, threads: int | None, as_json: bool) -> None:
+def command(engine: Path, file: Any, output: Path, chat: bool, threads: int | None, as_json: bool) -> None:
     """Compute the cache of a text that many prompts begin with, for `effc generate ENGINE --prefix DIR`."""
     text = read_text(file)
     if not text:
@@ -34,7 +35,7 @@ def command(engine: Path, file: Any, output: Path, threads: int | None, as_json:
     from effc.runtime.session import load
 
     with load(engine, threads=threads) as opened:
-        result = opened.write_prefix(text, output)
+        result = opened.write_prefix(text, output, chat=chat)
     if as_json:
         print_json(result)
     else:

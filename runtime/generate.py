@@ -77,7 +77,8 @@ def generate(
         seed: Makes sampling repeatable; row r draws from its own generator, seeded with (seed, r).
         stop: Strings that end a row.
         stream: Called with row and text as soon as text is certain. Joined, the texts of a row are its `text`.
-        chat: Take each text as a user's message and put it into the model's chat template.
+        chat: Take each text as a user's message and put it into the model's chat template, after the system message
+            of a prefix that was computed with `chat`.
         prefill_chunk: Tokens of the prompt read in one run; None reads all at once, but splits a single long
             prompt so that its logits stay below `effc.runtime.batch.LOGITS_LIMIT`.
         prefix: A prefix folder, or an open one: every prompt goes on from there, and its tokens are not read again.
@@ -94,7 +95,7 @@ def generate(
     """
     sampling = Sampling(temperature, top_k, top_p, repetition_penalty)
     _check_request(engine, max_new_tokens, stop, prefill_chunk, seed)
-    start = None if prefix is None else start_from(engine, prefix)
+    start = None if prefix is None else start_from(engine, prefix, chat=chat)
     prompt_ids = _prompt_ids(engine, prompts, chat, start)
     if not prompt_ids:
         return []
@@ -131,8 +132,6 @@ def _check_request(
 
 
 def _prompt_ids(engine: Engine, prompts: Prompts, chat: bool, start: Prefix | None) -> list[list[int]]:
-    if chat and start is not None:
-        raise UsageError("a prefix is plain text, which no chat template continues. Leave chat or prefix out.")
     items: list[str | Sequence[int]] = [prompts] if isinstance(prompts, str) else [*prompts]
     return [_encode(engine, index, item, chat, start) for index, item in enumerate(items)]
 

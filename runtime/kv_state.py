@@ -49,12 +49,20 @@ class Cache(ABC):
     def advance(self, outputs: Mapping[str, ort.OrtValue]) -> None:
         """Take over what the run produced."""
 
-    def arrays(self) -> dict[str, np.ndarray]:
-        """Cache input name -> the tensor now, spare capacity included."""
+    def arrays(self, length: int) -> dict[str, np.ndarray]:
+        """Cache input name -> the tensor at `length` tokens, spare capacity included."""
+        if not self.values:
+            return {port.input: self._first(port, length) for port in self.ports}
         return {port.input: to_numpy(value, port.dtype) for port, value in zip(self.ports, self.values)}
 
     def _zeros(self, port: CachePort, past: int) -> np.ndarray:
         return np.zeros(port_shape(port, self.batch, past), storage_dtype(port.dtype))
+
+    def _first(self, port: CachePort, length: int) -> np.ndarray:
+        """What a cache that has seen no run begins with; a single row is used where it lies, for reading only."""
+        if port.input not in self.initial:
+            return self._zeros(port, 0)
+        return np.ascontiguousarray(np.broadcast_to(self.initial[port.input], port_shape(port, self.batch, length)))
 
 
 class InPlaceCache(Cache):
@@ -114,12 +122,6 @@ class GrowingCache(Cache):
         """Keep the outputs for the next run."""
         self.values = [outputs[port.output] for port in self.ports]
 
-    def _first(self, port: CachePort, length: int) -> np.ndarray:
-        if port.input not in self.initial:
-            return self._zeros(port, 0)
-        # A run only reads its inputs, so a single row is used where it lies.
-        return np.ascontiguousarray(np.broadcast_to(self.initial[port.input], port_shape(port, self.batch, length)))
-
 
 class KvState:
     """One generation in progress: a session, its bound cache and the number of tokens in it.
@@ -171,7 +173,7 @@ class KvState:
 
     def snapshot(self) -> dict[str, np.ndarray]:
         """Cache input name -> a copy of what the tokens left in it, without spare capacity, in its storage dtype."""
-        arrays = self._cache.arrays()
+        arrays = self._cache.arrays(self.length)
         return {port.input: arrays[port.input][_kept(port, self.length)].copy() for port in self._layout.ports}
 
     def restore(self, tensors: Mapping[str, np.ndarray], length: int) -> None:

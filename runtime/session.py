@@ -298,10 +298,15 @@ class Engine:
         )
 
     def write_prefix(
-        self, prefix: str | Sequence[int], output: str | Path, *, prefill_chunk: int | None = None
+        self,
+        prefix: str | Sequence[int],
+        output: str | Path,
+        *,
+        chat: bool = False,
+        prefill_chunk: int | None = None,
     ) -> dict[str, Any]:
         """Compute the beginning of prompts once; see `effc.runtime.prefix.write_prefix`."""
-        return write_prefix(self, prefix, output, prefill_chunk=prefill_chunk)
+        return write_prefix(self, prefix, output, chat=chat, prefill_chunk=prefill_chunk)
 
     def open_prefix(self, folder: str | Path, *, check: bool = True) -> Prefix:
         """Map a prefix, to start from it several times; see `effc.runtime.prefix.open_prefix`."""
