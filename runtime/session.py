@@ -7,16 +7,18 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 
 from effc.errors import EngineError, MissingDependencyError, UsageError
 from effc.runtime.assets import Assets
-from effc.runtime.bundle import CachePort, Manifest, Port, check_files, read_manifest
+from effc.runtime.bundle import CacheLayout, CachePort, Manifest, Port, check_files, read_manifest
 from effc.runtime.embed import embed
 from effc.runtime.generate import Generation, generate
 from effc.runtime.kv_state import NUM_LOGITS, KvState, port_shape
+from effc.runtime.prefix import Prefix, open_prefix, write_prefix
 from effc.runtime.tensors import check_feeds, storage_dtype, to_numpy, to_ort
 from effc.runtime.threads import default_threads, most_threads
 from effc.runtime.tokenizer import Tokenizer
@@ -232,6 +234,18 @@ class Engine:
         """Whether the engine computes only the logits that are asked for."""
         return any(port.name == NUM_LOGITS for port in self.manifest.optional_inputs)
 
+    def cache_layout(self) -> CacheLayout:
+        """How it carries its cache.
+
+        Raises:
+            EngineError: It has none.
+        """
+        if self.manifest.cache is None:
+            raise EngineError(
+                f"{self.folder}: carries no cache, so it cannot generate. Build it from a model exported with a cache."
+            )
+        return self.manifest.cache
+
     def new_state(self, batch: int, *, max_length: int | None = None) -> KvState:
         """An empty cache for a batch, to run the engine step by step.
 
@@ -242,14 +256,9 @@ class Engine:
         Raises:
             EngineError: The engine carries no cache.
         """
-        if self.manifest.cache is None:
-            raise EngineError(
-                f"{self.folder}: carries no cache, so it cannot generate. Build it from a model exported with a cache."
-            )
+        layout = self.cache_layout()
         device = "cuda" if "CUDAExecutionProvider" in self.session.get_providers() else "cpu"
-        return KvState(
-            self.session, self.manifest.cache, self.manifest.inputs, batch, max_length=max_length, device=device
-        )
+        return KvState(self.session, layout, self.manifest.inputs, batch, max_length=max_length, device=device)
 
     def embed(self, texts: Sequence[str], batch_size: int = 32, normalize: bool | None = None) -> np.ndarray:
         """One vector per text; see `effc.runtime.embed.embed`."""
@@ -269,6 +278,7 @@ class Engine:
         stream: Callable[[int, str], None] | None = None,
         chat: bool = False,
         prefill_chunk: int | None = None,
+        prefix: str | Path | Prefix | None = None,
     ) -> list[Generation]:
         """Continue prompts; see `effc.runtime.generate.generate`."""
         return generate(
@@ -284,7 +294,23 @@ class Engine:
             stream=stream,
             chat=chat,
             prefill_chunk=prefill_chunk,
+            prefix=prefix,
         )
+
+    def write_prefix(
+        self,
+        prefix: str | Sequence[int],
+        output: str | Path,
+        *,
+        chat: bool = False,
+        prefill_chunk: int | None = None,
+    ) -> dict[str, Any]:
+        """Compute the beginning of prompts once; see `effc.runtime.prefix.write_prefix`."""
+        return write_prefix(self, prefix, output, chat=chat, prefill_chunk=prefill_chunk)
+
+    def open_prefix(self, folder: str | Path, *, check: bool = True) -> Prefix:
+        """Map a prefix, to start from it several times; see `effc.runtime.prefix.open_prefix`."""
+        return open_prefix(self, folder, check=check)
 
     def close(self) -> None:
         """Release the session; using the engine afterwards is an error, closing it again is not."""
