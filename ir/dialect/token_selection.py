@@ -88,7 +88,7 @@ class PageSelection(TokenSelection):
         block: Tokens of a block.
         budget: Tokens in blocks that are read, at least.
         share: Share of the blocks that are read, at least; float32.
-        dense_below: Up to this many cached tokens everything is read.
+        dense_below: With fewer cached tokens than this, everything is read.
 
     Raises:
         InputError: A value that the op does not have.

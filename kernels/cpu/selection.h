@@ -30,7 +30,7 @@ struct SelectionSpec {
   int64_t block = 0;        // tokens
   int64_t budget = 0;       // tokens chosen, at least
   float share = 0;          // of the blocks chosen, at least
-  int64_t dense_below = 0;  // up to so many tokens everything is read
+  int64_t dense_below = 0;  // with fewer tokens everything is read
   FarPositions positions = FarPositions::kKeep;
   // Blocks to choose from, of a row with this many tokens before the step.
   int64_t Blocks(int64_t tokens) const {
