@@ -59,6 +59,9 @@ class DenseBody:
     def _integers(self, *numbers: int) -> ir.Value:
         return self._constant(np.array(numbers, np.int64))
 
+    def _number(self, number: float, dtype: type = np.float32) -> ir.Value:
+        return self._constant(np.array(number, dtype))
+
     def _by_heads(self, value: ir.Value | None, heads: int, size: int) -> ir.Value:
         split = self._op("Reshape", value, self._integers(0, 0, heads, size))
         return self._op("Transpose", split, perm=[0, 2, 1, 3])
@@ -146,9 +149,6 @@ class StaticBody(DenseBody):
             joined.append(self._decoded(self._op("Concat", cached, stored, axis=2), scale, size))
             present.append(self._present(codes, stored))
         return joined, present
-
-    def _number(self, number: float, dtype: type) -> ir.Value:
-        return self._constant(np.array(number, dtype))
 
     def _encoded(self, value: ir.Value, scale: ir.Value, size: int) -> ir.Value:
         low, high = -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1

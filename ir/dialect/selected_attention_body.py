@@ -34,9 +34,6 @@ class SelectedBody(DenseBody):
         present = [self._present(old, new) for old, new in zip(pairs, stored, strict=True)]
         return joined, [*present, self._present_bounds(present[0], bounds)]
 
-    def _number(self, number: float) -> ir.Value:
-        return self._constant(np.array(number, np.float32))
-
     def _full_blocks(self, tokens: ir.Value, others: int) -> ir.Value:
         rest = self._op("Max", self._op("Sub", tokens, self._integers(others)), self._integers(0))
         return self._op("Div", rest, self._integers(self.selection.block))

@@ -116,6 +116,3 @@ class WindowBody(DenseBody):
         stacked = self._op("Concat", *(self._repeated(one, form.value_size) for one in values), axis=2)
         tokens = self._op("Transpose", self._op("MatMul", share, stacked), perm=[0, 2, 1, 3])
         return self._op("Reshape", tokens, self._integers(0, 0, form.heads * form.value_size))
-
-    def _number(self, number: float) -> ir.Value:
-        return self._constant(np.array(number, np.float32))
