@@ -48,6 +48,13 @@ void BoundedStorage::Step(const Kernels& kernels, const AttentionOperands& opera
       ChooseSlots(kernels, form_, operands, tokens, selection_, bounds, parallel);
   Attend(kernels, form_, operands, tokens, store, {&chosen}, parallel, y);
   WriteDense(kernels, form_, operands, tokens, ring_, past, present, parallel);
+  bool writes = past[kBounds].data != present[kBounds].data;
+  for (int64_t row = 0; row < operands.batch; ++row) {
+    const int64_t start = tokens.Start(row);
+    writes = writes || BoundedBlocks(selection_, operands.total - start) >
+                           BoundedBlocks(selection_, operands.past() - start);
+  }
+  if (!writes) return;  // most steps of one token complete no block
   parallel(operands.batch * form_.kv_heads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t at = begin; at < end; ++at) {
       const int64_t row = at / form_.kv_heads;
