@@ -27,11 +27,12 @@ PAST, BATCH = "past", "batch"
 
 @dataclass(frozen=True)
 class HeadSizes:
-    """Sizes that the tensors of a cache depend on: key/value heads, elements of a key and of a value."""
+    """Sizes that the tensors of a cache depend on: key/value heads, elements of a key and of a value, query heads."""
 
     kv_heads: int
     head_size: int
     value_size: int
+    heads: int = 0
 
 
 @dataclass(frozen=True)

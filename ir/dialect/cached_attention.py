@@ -16,7 +16,14 @@ from onnx_ir.tape import Tape
 from effc.errors import InputError
 from effc.ir.dialect.base import DOMAIN, DialectOp
 from effc.ir.dialect.cache_storage import DenseStorage, HeadSizes, PageStorage, StateTensor, StaticStorage, Storage
-from effc.ir.dialect.selections import SELECTIONS, AllTokens, PageSelection, TokenSelection, WindowSelection
+from effc.ir.dialect.selections import (
+    SELECTIONS,
+    AllTokens,
+    ClusterSelection,
+    PageSelection,
+    TokenSelection,
+    WindowSelection,
+)
 
 INT, FLOAT, STRING, INTS = (getattr(ir.AttributeType, name) for name in ("INT", "FLOAT", "STRING", "INTS"))
 OPERANDS = ("query", "key", "value", "valid", "bias", "cos", "sin")
@@ -97,7 +104,7 @@ class AttentionForm:
     @property
     def sizes(self) -> HeadSizes:
         """Sizes the cache depends on."""
-        return HeadSizes(self.kv_heads, self.head_size, self.value_size)
+        return HeadSizes(self.kv_heads, self.head_size, self.value_size, self.heads)
 
 
 class CachedAttention(DialectOp):
@@ -152,6 +159,8 @@ class CachedAttention(DialectOp):
         from effc.ir.dialect.window_attention_body import WindowBody
 
         form, storage, selection = attention_form(node), cache_storage(node), token_selection(node)
+        if isinstance(selection, ClusterSelection):
+            raise _no_body(node, f"selection={selection.kind}", "sparse-attention")
         if isinstance(storage, DenseStorage) and isinstance(selection, PageSelection):
             return SelectedBody(node, tape, form, storage, selection).record()
         if isinstance(storage, DenseStorage) and isinstance(selection, WindowSelection):
@@ -160,10 +169,7 @@ class CachedAttention(DialectOp):
             return DenseBody(node, tape, form, storage).record()
         if isinstance(storage, StaticStorage):
             return StaticBody(node, tape, form, storage).record()
-        raise InputError(
-            f"node {node.name!r}: CachedAttention with storage={storage.kind} has no body in standard ops, so a "
-            "portable engine cannot have it. Write a native engine, or leave the pass kv-cache out."
-        )
+        raise _no_body(node, f"storage={storage.kind}", "kv-cache")
 
 
 OP = CachedAttention()
@@ -192,7 +198,7 @@ def cached_attention(
         bias: Added to the scaled scores.
         tables: Cosines and sines of the new tokens, with rotary.
         constants: Behind the cache: scales of keys and values with storage `static`, cosines and sines of far queries
-            with a selection `window` that moves sinks.
+            with a selection `window` that moves sinks, inputs of the graph with a selection `clusters`.
         name: Of the node.
 
     Raises:
@@ -277,6 +283,13 @@ def constant_values(node: ir.Node) -> list[ir.Value]:
 def has_no_kernel(node: ir.Node) -> bool:
     """Whether a node has a form that is always lowered to something else: a cache with static scales."""
     return node.op_type == OP.name and node.attributes["storage"].as_string() == StaticStorage.kind
+
+
+def _no_body(node: ir.Node, what: str, pass_name: str) -> InputError:
+    return InputError(
+        f"node {node.name!r}: CachedAttention with {what} has no body in standard ops, so a portable engine cannot "
+        f"have it. Write a native engine, or leave the pass {pass_name} out."
+    )
 
 
 def _one_width(key_bits: Sequence[int], value_bits: Sequence[int]) -> int:

@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "cpu/bounded_cache.h"
+#include "cpu/cluster_cache.h"
 #include "cpu/dense_cache.h"
 #include "cpu/page_cache.h"
 #include "cpu/sink_cache.h"
@@ -92,7 +93,8 @@ SelectionSpec ReadSelection(const Attributes& attributes, const AttentionForm& f
   spec.kind = OneOf<SelectionKind>(attributes, "selection",
                                    {{"all", SelectionKind::kAll},
                                     {"pages", SelectionKind::kPages},
-                                    {"window", SelectionKind::kWindow}});
+                                    {"window", SelectionKind::kWindow},
+                                    {"clusters", SelectionKind::kClusters}});
   if (spec.kind == SelectionKind::kAll) return spec;
   if (spec.kind == SelectionKind::kWindow) {
     spec.sinks = Between(attributes, "select_sinks", 1, kBlockTokens);
@@ -100,6 +102,11 @@ SelectionSpec ReadSelection(const Attributes& attributes, const AttentionForm& f
                                          {{"keep", FarPositions::kKeep},
                                           {"compact", FarPositions::kCompact},
                                           {"cap", FarPositions::kCap}});
+    return spec;
+  }
+  if (form.window > 0) throw Error("a selection takes no window");
+  if (spec.kind == SelectionKind::kClusters) {
+    spec.recent = Between(attributes, "select_recent", 1, kLargestSize);
     return spec;
   }
   spec.sinks = Between(attributes, "select_sinks", 0, kLargestSize);
@@ -112,7 +119,6 @@ SelectionSpec ReadSelection(const Attributes& attributes, const AttentionForm& f
     throw Error("attribute 'select_share' is " + std::to_string(spec.share) +
                 "; it must be from 0 to 1");
   }
-  if (form.window > 0) throw Error("a selection takes no window");
   if (form.scale < 0) throw Error("a selection takes no negative scale");
   return spec;
 }
@@ -124,6 +130,9 @@ std::unique_ptr<CacheStorage> ReadDense(const AttentionForm& form, int64_t ring,
   }
   if (selection.kind == SelectionKind::kPages) {
     return std::make_unique<BoundedStorage>(form, selection);
+  }
+  if (selection.kind == SelectionKind::kClusters) {
+    return std::make_unique<ClusterStorage>(form, selection);
   }
   return std::make_unique<DenseStorage>(form, ring);
 }

@@ -11,7 +11,7 @@
 
 namespace effc {
 
-enum class SelectionKind : int32_t { kAll, kPages, kWindow };
+enum class SelectionKind : int32_t { kAll, kPages, kWindow, kClusters };
 
 // How far sinks are from a query that reads them beyond its window.
 enum class FarPositions : int32_t {
@@ -22,7 +22,7 @@ enum class FarPositions : int32_t {
 
 // The attributes of a selection. kPages: a row's tokens before a step are `sinks` first ones, whole
 // blocks, and at least `recent` last ones; a step chooses among the blocks. kWindow: `sinks` first
-// ones are read besides the window.
+// ones are read besides the window. kClusters: the queries of the `recent` last tokens are kept.
 struct SelectionSpec {
   SelectionKind kind = SelectionKind::kAll;
   int64_t sinks = 0;

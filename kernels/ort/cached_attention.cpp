@@ -6,6 +6,7 @@ namespace effc::ort {
 namespace {
 
 enum Operand : size_t { kQuery, kKey, kValue, kValid, kBias, kCos, kSin };
+constexpr size_t kClusterInputs = 5;
 constexpr const char* kNames[] = {"query", "key", "value", "valid", "bias", "cos", "sin"};
 
 const char* TypeName(Type type) {
@@ -14,6 +15,8 @@ const char* TypeName(Type type) {
       return "float32";
     case 2:
       return "uint8";
+    case kInt32:
+      return "int32";
     case kBool:
       return "bool";
     case 10:
@@ -59,7 +62,8 @@ CachedAttentionKernel::CachedAttentionKernel(OrtApi* table, const OrtKernelInfo*
     size_t count = 0;
     Check(api_.KernelInfoGetInputCount(info, &count));
     const size_t tensors = storage_->Tensors(-1).size();
-    const size_t needed = kFirstPast + tensors + (storage_->has_far_angles() ? 2 : 0);
+    const size_t needed = kFirstPast + tensors + (storage_->has_far_angles() ? 2 : 0) +
+                          (storage_->has_clusters() ? kClusterInputs : 0);
     if (count != needed) {
       throw Error("it has " + std::to_string(count) + " inputs; this storage needs " +
                   std::to_string(needed) + ", " + std::to_string(tensors) +
@@ -117,6 +121,7 @@ AttentionOperands CachedAttentionKernel::ReadOperands(const OrtKernelContext* co
   ReadBias(context, operands);
   ReadAngles(context, operands);
   ReadFarAngles(context, operands);
+  ReadClusters(context, operands);
   return operands;
 }
 
@@ -183,6 +188,37 @@ void CachedAttentionKernel::ReadFarAngles(const OrtKernelContext* context,
   }
   operands.far_cosine = angles[0];
   operands.far_sine = angles[1];
+}
+
+void CachedAttentionKernel::ReadClusters(const OrtKernelContext* context,
+                                         AttentionOperands& operands) const {
+  if (!storage_->has_clusters()) return;
+  const size_t first = kFirstPast + storage_->Tensors(-1).size();
+  const int64_t heads = form_.kv_heads;
+  TokenClusters& clusters = operands.clusters;
+  const auto read = [&](size_t index, const char* name, Type type,
+                        const std::vector<int64_t>& wanted, int64_t* count) {
+    std::vector<int64_t> dims;
+    const Tensor tensor = NodeKernel::Input(context, first + index, &dims);
+    if (tensor.type != type) {
+      throw Error(std::string(name) + " is " + TypeName(tensor.type) + ", but must be " +
+                  TypeName(type));
+    }
+    if (!Fits(dims, wanted)) RefuseShape(name, dims, WantedText(wanted));
+    if (count != nullptr) *count = dims[2];
+    return tensor.data;
+  };
+  const auto floats = [](const void* data) { return static_cast<const float*>(data); };
+  const auto integers = [](const void* data) { return static_cast<const int32_t*>(data); };
+  const int64_t d = form_.head_size;
+  clusters.centroids =
+      floats(read(0, "centroids", Type::kFloat, {1, heads, -1, d}, &clusters.count));
+  clusters.ends = integers(read(1, "ends", Type::kInt32, {1, heads, clusters.count}, nullptr));
+  clusters.parents =
+      floats(read(2, "parents", Type::kFloat, {1, heads, -1, d}, &clusters.parent_count));
+  clusters.parent_ends =
+      integers(read(3, "parent ends", Type::kInt32, {1, heads, clusters.parent_count}, nullptr));
+  clusters.thresholds = floats(read(4, "thresholds", Type::kFloat, {2}, nullptr));
 }
 
 std::vector<CacheTensor> CachedAttentionKernel::ReadPast(const OrtKernelContext* context,

@@ -125,14 +125,12 @@ def open_model(
     given = [helper.make_tensor_value_info(name, *shapes[name]) for name in inputs if name]
     results = [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", "seq", form.heads * form.value_size])]
     for i, tensor in enumerate(past):
-        rest = list(tensor.shape[3:])
+        heads, rest = tensor.shape[1], list(tensor.shape[3:])
         given.append(
-            helper.make_tensor_value_info(f"past{i}", TYPES[tensor.dtype], ["batch4", form.kv_heads, f"old{i}", *rest])
+            helper.make_tensor_value_info(f"past{i}", TYPES[tensor.dtype], ["batch4", heads, f"old{i}", *rest])
         )
         results.append(
-            helper.make_tensor_value_info(
-                f"present{i}", TYPES[tensor.dtype], ["batch4", form.kv_heads, f"new{i}", *rest]
-            )
+            helper.make_tensor_value_info(f"present{i}", TYPES[tensor.dtype], ["batch4", heads, f"new{i}", *rest])
         )
     imports = [helper.make_opsetid("", 24), helper.make_opsetid("effc", 1)]
     tensors = [numpy_helper.from_array(array, name) for name, array in (constants or {}).items()]
