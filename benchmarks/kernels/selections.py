@@ -16,7 +16,18 @@ from dataclasses import replace
 
 import numpy as np
 import onnxruntime as ort
-from cached_attention import DTYPES, SIZE, STORAGES, Case, Variant, cached_node_runner, dense_caches, paged_caches
+from cached_attention import (
+    DTYPES,
+    SIZE,
+    STORAGES,
+    Case,
+    Variant,
+    cached_node_runner,
+    dense_caches,
+    new_tokens,
+    paged_caches,
+)
+from clustered_keys import OBSERVED, clustered_keys, thresholds, tokens_read
 
 from effc import kernels
 
@@ -73,6 +84,23 @@ def bytes_needed(case: Case, variant: Variant, caches: dict[str, np.ndarray], bu
     return exact + parameters + share * caches["p0"].nbytes
 
 
+def clustered(case: Case, variant: Variant, budget: int, threads: int) -> tuple[Callable[[], float], float]:
+    """Steps that read clusters of a prefix, and the bytes that one node needs."""
+    queries = new_tokens(case)["query"].reshape(case.kv_heads, -1, SIZE)
+    keys, clusters = clustered_keys(case.kv_heads, case.total, SIZE)
+    limits = thresholds(clusters, queries, SIZE**-0.5, budget / (case.total - OBSERVED))
+    tokens, centroids = tokens_read(clusters, limits, queries, SIZE**-0.5)
+    caches = {"k0": keys.astype(DTYPES[variant.type]), "v0": first_node(dense_caches(case, DTYPES[variant.type]))["v0"]}
+    caches["q0"] = np.zeros((1, case.heads, OBSERVED, SIZE), np.float32)
+    every = {f"{key[:-1]}{i}": array for i in range(NODES) for key, array in caches.items()}
+    selection = {"selection": "clusters", "select_recent": OBSERVED}
+    variant = replace(variant, attributes=variant.attributes | selection)
+    constants = clusters | {"thresholds": limits}
+    read = (tokens + case.kv_heads * (OBSERVED + 1)) * 2 * SIZE * keys.astype(DTYPES[variant.type]).itemsize
+    needed = read + 4 * SIZE * (centroids + clusters["parents"].size // SIZE)
+    return cached_node_runner(case, variant, every, NODES, threads, constants), needed
+
+
 def measure(case: Case, storages: list[str], budget: int, threads: int, rounds: int) -> None:
     """Print one table."""
     variants = {}
@@ -86,7 +114,11 @@ def measure(case: Case, storages: list[str], budget: int, threads: int, rounds: 
         needed[name] = NODES * bytes_needed(case, variant, caches, budget)
         every = {f"{key[:-1]}{i}": array for i in range(NODES) for key, array in caches.items()}
         runners[name] = cached_node_runner(case, variant, every, NODES, threads)
-    times: dict[str, list[float]] = {name: [] for name in variants}
+    for name in storages:
+        if "page" not in STORAGES[name].attributes:
+            runners[f"{name}, clusters"], nbytes = clustered(case, STORAGES[name], budget, threads)
+            needed[f"{name}, clusters"] = NODES * nbytes
+    times: dict[str, list[float]] = {name: [] for name in runners}
     reads = []
     for _ in range(rounds):
         reads.append(kernels.read_bandwidth(1 << 28, threads, rounds=2))
@@ -95,7 +127,7 @@ def measure(case: Case, storages: list[str], budget: int, threads: int, rounds: 
     heads = f"{case.heads}/{case.kv_heads} heads of {SIZE}"
     print(f"{heads}, {case.total} tokens, budget {budget}, {max(reads) / 1e9:.1f} GB/s")
     dense = statistics.median(times[storages[0]])
-    for name in variants:
+    for name in runners:
         median, best = statistics.median(times[name]), min(times[name])
         same = statistics.median(times[name.partition(",")[0]])
         print(
