@@ -15,10 +15,10 @@ from effc.runtime.bundle import CacheLayout, ClusterPorts, Port
 from effc.runtime.kmeans import kmeans, sums_by_label, unit_rows
 from effc.runtime.tensors import check_feeds, storage_dtype
 
-SHARE, PARENT_SHARE = 0.05, 0.01
-"""Clusters and parents for each clustered token."""
+CLUSTER_TOKENS, PARENT_CLUSTERS = 20, 5
+"""Tokens of a cluster and clusters of a parent, the means: clusters for 5 % of the tokens, parents for 1 %."""
 KEEP = 0.25
-SURVIVING = 2.0
+SURVIVING = 3.0
 """Parents let so many times the keys pass that clusters keep."""
 EVERYTHING = np.array([-1, -1], np.float32)
 """Thresholds below any weight."""
@@ -69,7 +69,12 @@ class _Layer:
 
 
 def cluster_cache(
-    layout: CacheLayout, cache: MutableMapping[str, np.ndarray], tokens: int, keep: float
+    layout: CacheLayout,
+    cache: MutableMapping[str, np.ndarray],
+    tokens: int,
+    *,
+    keep: float = KEEP,
+    cluster_tokens: int = CLUSTER_TOKENS,
 ) -> dict[str, np.ndarray]:
     """Cluster the keys of a cache of one row and put its tokens in their order.
 
@@ -78,11 +83,14 @@ def cluster_cache(
         cache: Cache input name -> tensor; keys and values that are clustered are replaced by reordered ones.
         tokens: Tokens of the cache.
         keep: Share of the clustered keys that a step is to read, the mean over layers, heads and the last queries.
+        cluster_tokens: Tokens of a cluster, the mean.
 
     Returns:
         Input name -> tensor, all that the layout names. Empty tensors where the last tokens are all there are.
     """
-    layers = [layer for ports in layout.clusters if (layer := _layer(ports, cache, tokens)) is not None]
+    layers = [
+        _layer(ports, cache, tokens, cluster_tokens) for ports in layout.clusters if _clustered(ports, cache, tokens)
+    ]
     if not layers:
         return empty_clusters(layout)
     limits = EVERYTHING if keep == 1 else thresholds(layers, keep)
@@ -124,20 +132,22 @@ def check_clusters(layout: CacheLayout, clusters: Mapping[str, np.ndarray]) -> N
         raise EngineError(f"its clusters are not those of the engine: {error}") from error
 
 
-def cluster_tree(keys: np.ndarray) -> ClusterTree:
+def cluster_tree(keys: np.ndarray, cluster_tokens: int = CLUSTER_TOKENS) -> ClusterTree:
     """Clusters of the keys of one head and, above them, parents.
 
     Keys are assigned by direction, as in the paper; a centroid is the mean of the keys themselves.
 
     Args:
         keys: float32 [n, D], n >= 1.
+        cluster_tokens: Tokens of a cluster, the mean.
     """
-    count, above = (max(1, int(share * len(keys))) for share in (SHARE, PARENT_SHARE))
+    count = max(1, len(keys) // cluster_tokens)
+    above = max(1, count // PARENT_CLUSTERS)
     labels = kmeans(unit_rows(keys), count)
     sums, counts = sums_by_label(keys, labels, count)
     centroids = sums / np.maximum(counts, 1)[:, None]
     parents = np.zeros(count, np.int64)
-    parents[counts > 0] = kmeans(unit_rows(centroids[counts > 0]), above)
+    parents[counts > 0] = kmeans(unit_rows(centroids[counts > 0]), above)  # those without keys go anywhere
     by_parent = np.argsort(parents, kind="stable")
     rank = np.empty(count, np.int64)
     rank[by_parent] = np.arange(count)
@@ -179,14 +189,16 @@ def key_weights(scores: np.ndarray, counts: np.ndarray) -> np.ndarray:
     return np.asarray(np.where(total > 0, shifted / np.where(total > 0, total, 1), 0), np.float32)
 
 
-def _layer(ports: ClusterPorts, cache: Mapping[str, np.ndarray], tokens: int) -> _Layer | None:
-    """The clusters of one attention; None when the last tokens are all there are."""
+def _clustered(ports: ClusterPorts, cache: Mapping[str, np.ndarray], tokens: int) -> int:
+    """Tokens before those whose queries the cache keeps."""
+    return max(0, tokens - cache[ports.queries].shape[2])
+
+
+def _layer(ports: ClusterPorts, cache: Mapping[str, np.ndarray], tokens: int, cluster_tokens: int) -> _Layer:
+    """The clusters of one attention."""
     queries = cache[ports.queries][0]
-    count = tokens - queries.shape[1]
-    if count <= 0:
-        return None
-    keys = _floats(cache[ports.key][0, :, :count], ports.dtype)
-    trees = [cluster_tree(one) for one in keys]
+    keys = _floats(cache[ports.key][0, :, : _clustered(ports, cache, tokens)], ports.dtype)
+    trees = [cluster_tree(one, cluster_tokens) for one in keys]
     return _Layer(ports, trees, queries.reshape(len(keys), -1, *queries.shape[1:]))
 
 

@@ -14,8 +14,8 @@ from effc import __version__
 from effc.errors import EngineError, UsageError
 from effc.runtime import limits
 from effc.runtime.batch import Batch, check_task, prompt_chunk
-from effc.runtime.bundle import CacheLayout, numbers_hash
-from effc.runtime.clusters import KEEP, check_clusters, cluster_cache, cluster_ports
+from effc.runtime.bundle import numbers_hash
+from effc.runtime.clusters import check_clusters, cluster_cache, cluster_ports
 from effc.runtime.kv_state import check_snapshot
 from effc.runtime.new_folder import new_folder, write_synced
 from effc.runtime.prefix_folder import (
@@ -109,6 +109,7 @@ def write_prefix(
     *,
     chat: bool = False,
     keep: float | None = None,
+    cluster_tokens: int | None = None,
     prefill_chunk: int | None = None,
 ) -> dict[str, Any]:
     """Read the beginning of a prompt and write its cache to a folder.
@@ -121,6 +122,8 @@ def write_prefix(
             it, up to where the user's message begins.
         keep: Share of the clustered keys that a step reads, above 0 and at most 1, where the engine reads clusters of
             a prefix; None: a quarter.
+        cluster_tokens: Keys of a cluster there, the mean; None: 20. With fewer, the keys that matter are found more
+            surely, and more centroids are compared.
         prefill_chunk: Tokens read in one run; None as `generate` does.
 
     Returns:
@@ -129,7 +132,8 @@ def write_prefix(
 
     Raises:
         UsageError: The prefix is empty or leaves no room for a prompt, the task does not generate, the chat
-            template takes no system message, or `keep` is out of range or the engine reads no clusters.
+            template takes no system message, or `keep` or `cluster_tokens` is out of range or the
+            engine reads no clusters.
         EngineError: The engine has no cache, or no tokenizer where one is needed, or fails while running.
         OutputError: The folder cannot be written.
     """
@@ -138,14 +142,14 @@ def write_prefix(
     layout = engine.cache_layout()
     if prefill_chunk is not None and prefill_chunk < 1:
         raise UsageError(f"prefill_chunk is {prefill_chunk}; give at least 1, or leave it out.")
-    _check_keep(engine, layout, keep)
+    options = _cluster_options(engine, keep, cluster_tokens)
     ids = _prefix_ids(engine, prefix, chat)
     with new_folder(Path(output), MANIFEST, "a prefix") as folder:
         batch = Batch(engine, [ids], 1)
         batch.prefill(prefill_chunk or prompt_chunk(engine, 1, len(ids)))
         cache = batch.state.snapshot()
         tensors = [(TOKEN_IDS, TOKENS, "int64", np.array(ids, np.int64))]
-        clusters = cluster_cache(layout, cache, len(ids), KEEP if keep is None else keep)
+        clusters = cluster_cache(layout, cache, len(ids), **options)
         tensors += [(port.input, CACHE, port.dtype, cache[port.input]) for port in layout.ports]
         tensors += [(port.name, CLUSTERS, port.dtype, clusters[port.name]) for port in cluster_ports(layout)]
         stored = write_tensors(folder / DATA, tensors)
@@ -224,16 +228,20 @@ def start_from(engine: Engine, prefix: str | Path | Prefix, *, chat: bool) -> Pr
     return prefix
 
 
-def _check_keep(engine: Engine, layout: CacheLayout, keep: float | None) -> None:
-    if keep is None:
-        return
-    if not layout.clusters:
+def _cluster_options(engine: Engine, keep: float | None, cluster_tokens: int | None) -> dict[str, Any]:
+    """Those of `cluster_cache` that were given."""
+    options = {"keep": keep, "cluster_tokens": cluster_tokens}
+    given = {name: value for name, value in options.items() if value is not None}
+    if given and not engine.cache_layout().clusters:
         raise UsageError(
-            f"{engine.folder}: reads no clusters of a prefix, so it keeps all of it. Leave keep out, or build the "
-            "engine with sparse-attention{scheme=clusters}."
+            f"{engine.folder}: reads no clusters of a prefix, so it keeps all of it. Leave {' and '.join(given)} out, or "
+            "build the engine with sparse-attention{scheme=clusters}."
         )
-    if not 0 < keep <= 1:
+    if keep is not None and not 0 < keep <= 1:
         raise UsageError(f"keep is {keep}; give a share above 0 and at most 1.")
+    if cluster_tokens is not None and cluster_tokens < 1:
+        raise UsageError(f"cluster_tokens is {cluster_tokens}; give at least 1.")
+    return given
 
 
 def _check_engine(engine: Engine, folder: Path, manifest: PrefixManifest) -> None:

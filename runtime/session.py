@@ -308,10 +308,13 @@ class Engine:
         *,
         chat: bool = False,
         keep: float | None = None,
+        cluster_tokens: int | None = None,
         prefill_chunk: int | None = None,
     ) -> dict[str, Any]:
         """Compute the beginning of prompts once; see `effc.runtime.prefix.write_prefix`."""
-        return write_prefix(self, prefix, output, chat=chat, keep=keep, prefill_chunk=prefill_chunk)
+        return write_prefix(
+            self, prefix, output, chat=chat, keep=keep, cluster_tokens=cluster_tokens, prefill_chunk=prefill_chunk
+        )
 
     def open_prefix(self, folder: str | Path, *, check: bool = True) -> Prefix:
         """Map a prefix, to start from it several times; see `effc.runtime.prefix.open_prefix`."""

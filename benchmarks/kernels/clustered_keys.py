@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from effc.ir.dialect.selections import ClusterSelection
-from effc.runtime.clusters import PARENT_SHARE, SHARE, SURVIVING, key_weights
+from effc.runtime.clusters import CLUSTER_TOKENS, PARENT_CLUSTERS, SURVIVING, key_weights
 
 OBSERVED = ClusterSelection().observed
 
@@ -17,7 +17,8 @@ def clustered_keys(heads: int, tokens: int, size: int) -> tuple[np.ndarray, dict
     """
     rng = np.random.default_rng(4)
     count = tokens - OBSERVED
-    parents, clusters = int(PARENT_SHARE * count), int(SHARE * count)
+    clusters = count // CLUSTER_TOKENS
+    parents = clusters // PARENT_CLUSTERS
     of = np.sort(rng.integers(0, clusters, count))
     above = np.arange(clusters) * parents // clusters
     ends = np.cumsum(np.bincount(of, minlength=clusters))

@@ -104,6 +104,16 @@ def test_a_prefix_that_keeps_more_is_closer(folder: Path, tmp_path: Path) -> Non
     assert errors[2] < 1e-4
 
 
+def test_smaller_clusters_are_closer(plain: Path, tmp_path: Path) -> None:
+    ids, errors = random_ids(30, 5), []
+    with effc.load(plain) as engine:
+        whole = step_logits(engine, None, ids)
+        for size in (40, 1):
+            engine.write_prefix(random_ids(LENGTH), tmp_path / "prefix", keep=0.5, cluster_tokens=size)
+            errors.append(np.abs(step_logits(engine, tmp_path / "prefix", ids) - whole).mean())
+    assert errors[1] < 0.8 * errors[0]
+
+
 def test_rows_share_a_prefix(plain: Path, tmp_path: Path) -> None:
     with effc.load(plain) as engine:
         engine.write_prefix(random_ids(LENGTH), tmp_path / "prefix")
@@ -154,10 +164,17 @@ def test_a_damaged_folder_is_refused(plain: Path, tmp_path: Path) -> None:
             engine.open_prefix(tmp_path / "prefix")
 
 
-@pytest.mark.parametrize("keep", [0.0, -1.0, 1.5, float("nan")])
-def test_shares_out_of_range_are_refused(plain: Path, tmp_path: Path, keep: float) -> None:
-    with effc.load(plain) as engine, pytest.raises(UsageError, match=r"keep is .*; give a share above 0"):
-        engine.write_prefix(random_ids(LENGTH), tmp_path / "prefix", keep=keep)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        *(({"keep": keep}, "keep is .*; give a share above 0") for keep in (0.0, -1.0, 1.5, float("nan"))),
+        ({"cluster_tokens": 0}, "cluster_tokens is 0; give at least 1"),
+    ],
+    ids=str,
+)
+def test_options_out_of_range_are_refused(plain: Path, tmp_path: Path, options: dict[str, float], message: str) -> None:
+    with effc.load(plain) as engine, pytest.raises(UsageError, match=message):
+        engine.write_prefix(random_ids(LENGTH), tmp_path / "prefix", **options)
 
 
 def test_an_engine_without_clusters_keeps_everything(model: Path, tmp_path: Path) -> None:
@@ -165,6 +182,8 @@ def test_an_engine_without_clusters_keeps_everything(model: Path, tmp_path: Path
     with effc.load(tmp_path / "engine") as engine:
         with pytest.raises(UsageError, match="reads no clusters of a prefix, so it keeps all of it"):
             engine.write_prefix(random_ids(LENGTH), tmp_path / "prefix", keep=0.5)
+        with pytest.raises(UsageError, match="Leave keep and cluster_tokens out"):
+            engine.write_prefix(random_ids(LENGTH), tmp_path / "prefix", keep=0.5, cluster_tokens=9)
         engine.write_prefix(random_ids(LENGTH), tmp_path / "prefix")
 
 

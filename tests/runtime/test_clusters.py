@@ -67,11 +67,12 @@ def floats(array: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("count", [1, 2, 19, 20, 39, 40, 333, 1000])
-def test_a_tree_holds_every_token_once(count: int) -> None:
+@pytest.mark.parametrize("size", [1, 7, 20])
+def test_a_tree_holds_every_token_once(count: int, size: int) -> None:
     keys = np.random.default_rng(1).standard_normal((count, SIZE)).astype(np.float32)
-    tree = cluster_tree(keys)
-    assert len(tree.ends) == max(1, count // 20)
-    assert len(tree.parent_ends) == max(1, count // 100)
+    tree = cluster_tree(keys, size)
+    assert len(tree.ends) == max(1, count // size)
+    assert len(tree.parent_ends) == max(1, count // size // 5)
     assert np.array_equal(np.sort(tree.order), np.arange(count))
     assert (np.diff(tree.ends, prepend=0) >= 0).all()
     assert (tree.ends[-1], tree.parent_ends[-1]) == (count, len(tree.ends))
@@ -141,7 +142,7 @@ def test_the_share_that_was_asked_for_is_read(dtype: str, keep: float) -> None:
     """By the last queries; and layers and heads have shares of their own."""
     of = layout(3, dtype, softcap=20.0 if dtype == "float16" else 0.0)
     cache = random_cache(of, 800 + OBSERVED)
-    clusters = cluster_cache(of, cache, 800 + OBSERVED, keep)
+    clusters = cluster_cache(of, cache, 800 + OBSERVED, keep=keep)
     shares = shares_read(of, cache, clusters)
     assert keep - 0.01 < shares.mean() <= keep + 1e-3
     assert shares.std() > 0.01
@@ -151,7 +152,7 @@ def test_tokens_follow_their_clusters() -> None:
     of = layout(2, "bfloat16")
     cache = random_cache(of, 300 + OBSERVED)
     before = {name: array.copy() for name, array in cache.items()}
-    clusters = cluster_cache(of, cache, 300 + OBSERVED, 0.25)
+    clusters = cluster_cache(of, cache, 300 + OBSERVED, keep=0.25)
     check_clusters(of, clusters)
     for port in of.clusters:
         centroids, ends = (clusters[one.name][0] for one in port.inputs[:2])
@@ -173,7 +174,7 @@ def test_a_prefix_that_is_all_observed_has_no_clusters(tokens: int) -> None:
     of = layout(2)
     cache = random_cache(of, tokens)
     before = {name: array.copy() for name, array in cache.items()}
-    found = cluster_cache(of, cache, tokens, 0.25)
+    found = cluster_cache(of, cache, tokens, keep=0.25)
     assert {name: array.shape for name, array in found.items()} == {
         name: array.shape for name, array in empty_clusters(of).items()
     }
@@ -183,19 +184,19 @@ def test_a_prefix_that_is_all_observed_has_no_clusters(tokens: int) -> None:
 
 def test_one_token_more_has_one_cluster() -> None:
     of = layout()
-    found = cluster_cache(of, random_cache(of, OBSERVED + 1), OBSERVED + 1, 0.5)
+    found = cluster_cache(of, random_cache(of, OBSERVED + 1), OBSERVED + 1, keep=0.5)
     assert found["clusters.0.ends"].tolist() == [[[1], [1]]]
 
 
 def test_everything_is_kept() -> None:
     of = layout()
-    found = cluster_cache(of, random_cache(of, 200), 200, 1.0)
+    found = cluster_cache(of, random_cache(of, 200), 200, keep=1.0)
     assert found["clusters.thresholds"].tolist() == [-1, -1]
 
 
 def test_clusters_of_another_engine_are_refused() -> None:
     of = layout()
-    clusters = cluster_cache(of, random_cache(of, 200), 200, 0.5)
+    clusters = cluster_cache(of, random_cache(of, 200), 200, keep=0.5)
     for changed in (
         {name: array for name, array in clusters.items() if "ends" not in name},
         clusters | {"clusters.0.ends": clusters["clusters.0.ends"][:, :, 1:]},
