@@ -88,11 +88,10 @@ def cluster_cache(
     Returns:
         Input name -> tensor, all that the layout names. Empty tensors where the last tokens are all there are.
     """
-    layers = [
-        _layer(ports, cache, tokens, cluster_tokens) for ports in layout.clusters if _clustered(ports, cache, tokens)
-    ]
-    if not layers:
+    observed = max((cache[ports.queries].shape[2] for ports in layout.clusters), default=tokens)
+    if tokens <= observed:
         return empty_clusters(layout)
+    layers = [_layer(ports, cache, tokens - observed, cluster_tokens) for ports in layout.clusters]
     limits = EVERYTHING if keep == 1 else thresholds(layers, keep)
     found: dict[str, np.ndarray] = {}
     for layer in layers:
@@ -189,17 +188,11 @@ def key_weights(scores: np.ndarray, counts: np.ndarray) -> np.ndarray:
     return np.asarray(np.where(total > 0, shifted / np.where(total > 0, total, 1), 0), np.float32)
 
 
-def _clustered(ports: ClusterPorts, cache: Mapping[str, np.ndarray], tokens: int) -> int:
-    """Tokens before those whose queries the cache keeps."""
-    return max(0, tokens - cache[ports.queries].shape[2])
-
-
-def _layer(ports: ClusterPorts, cache: Mapping[str, np.ndarray], tokens: int, cluster_tokens: int) -> _Layer:
-    """The clusters of one attention."""
+def _layer(ports: ClusterPorts, cache: Mapping[str, np.ndarray], count: int, cluster_tokens: int) -> _Layer:
+    """The clusters of the first tokens of one attention."""
     queries = cache[ports.queries][0]
-    keys = _floats(cache[ports.key][0, :, : _clustered(ports, cache, tokens)], ports.dtype)
-    trees = [cluster_tree(one, cluster_tokens) for one in keys]
-    return _Layer(ports, trees, queries.reshape(len(keys), -1, *queries.shape[1:]))
+    trees = [cluster_tree(keys, cluster_tokens) for keys in _floats(cache[ports.key][0, :, :count], ports.dtype)]
+    return _Layer(ports, trees, queries.reshape(len(trees), -1, *queries.shape[1:]))
 
 
 def _weights(layer: _Layer, head: int, surviving: np.ndarray | None) -> np.ndarray:

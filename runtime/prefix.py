@@ -234,8 +234,8 @@ def _cluster_options(engine: Engine, keep: float | None, cluster_tokens: int | N
     given = {name: value for name, value in options.items() if value is not None}
     if given and not engine.cache_layout().clusters:
         raise UsageError(
-            f"{engine.folder}: reads no clusters of a prefix, so it keeps all of it. Leave {' and '.join(given)} out, or "
-            "build the engine with sparse-attention{scheme=clusters}."
+            f"{engine.folder}: reads no clusters of a prefix, so it keeps all of it. "
+            f"Leave {' and '.join(given)} out, or build the engine with sparse-attention{{scheme=clusters}}."
         )
     if keep is not None and not 0 < keep <= 1:
         raise UsageError(f"keep is {keep}; give a share above 0 and at most 1.")
