@@ -22,6 +22,7 @@ from effc.ir.dialect.selections import (
     ClusterSelection,
     PageSelection,
     TokenSelection,
+    TopKSelection,
     WindowSelection,
 )
 
@@ -155,14 +156,17 @@ class CachedAttention(DialectOp):
     def body(self, node: ir.Node, tape: Tape) -> Sequence[ir.Value]:
         """Join past and new tokens, attend with a mask, keep what the storage keeps."""
         from effc.ir.dialect.cached_attention_body import DenseBody, StaticBody
-        from effc.ir.dialect.selected_attention_body import SelectedBody
+        from effc.ir.dialect.pages_attention_body import PagesBody
+        from effc.ir.dialect.topk_attention_body import TopKBody
         from effc.ir.dialect.window_attention_body import WindowBody
 
         form, storage, selection = attention_form(node), cache_storage(node), token_selection(node)
         if isinstance(selection, ClusterSelection):
             raise _no_body(node, f"selection={selection.kind}", "sparse-attention")
         if isinstance(storage, DenseStorage) and isinstance(selection, PageSelection):
-            return SelectedBody(node, tape, form, storage, selection).record()
+            return PagesBody(node, tape, form, storage, selection).record()
+        if isinstance(storage, DenseStorage) and isinstance(selection, TopKSelection):
+            return TopKBody(node, tape, form, storage, selection).record()
         if isinstance(storage, DenseStorage) and isinstance(selection, WindowSelection):
             return WindowBody(node, tape, form, storage, selection).record()
         if isinstance(storage, DenseStorage):

@@ -5,10 +5,12 @@ from __future__ import annotations
 from effc.passes.attention.selection_schemes.base import Change, SelectionScheme
 from effc.passes.attention.selection_schemes.clusters import ClustersScheme
 from effc.passes.attention.selection_schemes.pages import PagesScheme
+from effc.passes.attention.selection_schemes.topk import TopKScheme
 from effc.passes.attention.selection_schemes.window import WindowScheme
 
 SCHEMES: dict[str, type[SelectionScheme]] = {
     "pages": PagesScheme,
+    "topk": TopKScheme,
     "window": WindowScheme,
     "clusters": ClustersScheme,
 }
