@@ -35,7 +35,7 @@ from effc.errors import InputError
     "--cluster-tokens",
     type=int,
     metavar="N",
-    help="Tokens of a cluster there, the mean; fewer find more surely what matters, and cost more; 20.",
+    help="Tokens of a cluster there, the mean; more cost less, and find less surely what matters; 5.",
 )
 @threads_option
 @json_option

@@ -6,7 +6,7 @@ Squeezed Attention (Hooper et al. 2024, arXiv 2411.09688). `docs/prefix.md` says
 from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -15,8 +15,8 @@ from effc.runtime.bundle import CacheLayout, ClusterPorts, Port
 from effc.runtime.kmeans import kmeans, sums_by_label, unit_rows
 from effc.runtime.tensors import check_feeds, storage_dtype
 
-CLUSTER_TOKENS, PARENT_CLUSTERS = 20, 5
-"""Tokens of a cluster and clusters of a parent, the means: clusters for 5 % of the tokens, parents for 1 %."""
+CLUSTER_TOKENS, PARENT_CLUSTERS = 5, 5
+"""Tokens of a cluster and clusters of a parent, the means."""
 KEEP = 0.25
 SURVIVING = 3.0
 """Parents let so many times the keys pass that clusters keep."""
@@ -95,11 +95,7 @@ def cluster_cache(
     limits = EVERYTHING if keep == 1 else thresholds(layers, keep)
     found: dict[str, np.ndarray] = {}
     for layer in layers:
-        stacked = [
-            np.stack([getattr(tree, name) for tree in layer.trees])[None]
-            for name in ("centroids", "ends", "parents", "parent_ends")
-        ]
-        found.update(zip((port.name for port in layer.ports.inputs), [*stacked, limits], strict=True))
+        found.update(zip((port.name for port in layer.ports.inputs), [*_stacked(layer), limits], strict=True))
         for name in (layer.ports.key, layer.ports.value):
             moved = [cache[name][0, head, tree.order] for head, tree in enumerate(layer.trees)]
             cache[name][0, :, : len(layer.trees[0].order)] = moved
@@ -189,10 +185,23 @@ def key_weights(scores: np.ndarray, counts: np.ndarray) -> np.ndarray:
 
 
 def _layer(ports: ClusterPorts, cache: Mapping[str, np.ndarray], count: int, cluster_tokens: int) -> _Layer:
-    """The clusters of the first tokens of one attention."""
-    queries = cache[ports.queries][0]
-    trees = [cluster_tree(keys, cluster_tokens) for keys in _floats(cache[ports.key][0, :, :count], ports.dtype)]
+    """The clusters of the first tokens of one attention, centroids as they are stored."""
+    queries, trees = cache[ports.queries][0], []
+    for keys in _floats(cache[ports.key][0, :, :count], ports.dtype):
+        tree = cluster_tree(keys, cluster_tokens)
+        rounded = [_floats(_stored(one, ports.dtype), ports.dtype) for one in (tree.centroids, tree.parents)]
+        trees.append(replace(tree, centroids=rounded[0], parents=rounded[1]))
     return _Layer(ports, trees, queries.reshape(len(trees), -1, *queries.shape[1:]))
+
+
+def _stacked(layer: _Layer) -> list[np.ndarray]:
+    """Centroids, ends, parents and their ends of all heads, as the inputs take them."""
+    centroids, ends, parents, parent_ends = (
+        np.stack([getattr(tree, name) for tree in layer.trees])[None]
+        for name in ("centroids", "ends", "parents", "parent_ends")
+    )
+    dtype = layer.ports.dtype
+    return [_stored(centroids, dtype), ends, _stored(parents, dtype), parent_ends]
 
 
 def _weights(layer: _Layer, head: int, surviving: np.ndarray | None) -> np.ndarray:
@@ -221,7 +230,15 @@ def _threshold(weights: Sequence[np.ndarray], counts: Sequence[np.ndarray], keep
 
 
 def _floats(array: np.ndarray, dtype: str) -> np.ndarray:
-    """Float32 of keys as the cache stores them; bfloat16 is carried as integers."""
+    """Float32 of what a cache of an element type holds; bfloat16 is carried as integers."""
     if dtype == "bfloat16":
         return (array.astype(np.uint32) << 16).view(np.float32)
     return array.astype(np.float32)
+
+
+def _stored(array: np.ndarray, dtype: str) -> np.ndarray:
+    """Float32 as a cache of an element type holds it: to nearest, halves to even."""
+    if dtype == "bfloat16":
+        bits = np.ascontiguousarray(array).view(np.uint32)
+        return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+    return array.astype(dtype)

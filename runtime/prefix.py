@@ -122,8 +122,8 @@ def write_prefix(
             it, up to where the user's message begins.
         keep: Share of the clustered keys that a step reads, above 0 and at most 1, where the engine reads clusters of
             a prefix; None: a quarter.
-        cluster_tokens: Keys of a cluster there, the mean; None: 20. With fewer, the keys that matter are found more
-            surely, and more centroids are compared.
+        cluster_tokens: Keys of a cluster there, the mean; None: 5. With more, fewer centroids are compared, and the
+            keys that matter are found less surely.
         prefill_chunk: Tokens read in one run; None as `generate` does.
 
     Returns:

@@ -32,10 +32,11 @@ struct AttentionForm {
 // Clusters of the first cached tokens of every row, by key head: cluster j is the slots from where
 // the one before it ends, and parents are runs of clusters.
 struct TokenClusters {
-  const float* centroids = nullptr;      // [K, count, D]
+  Type type = Type::kFloat;              // of centroids and parents
+  const char* centroids = nullptr;       // [K, count, D]
   const int32_t* ends = nullptr;         // [K, count]
   int64_t count = 0;                     // 0: there are none
-  const float* parents = nullptr;        // [K, parent_count, D]
+  const char* parents = nullptr;         // [K, parent_count, D]
   const int32_t* parent_ends = nullptr;  // [K, parent_count]: clusters
   int64_t parent_count = 0;
   const float* thresholds = nullptr;  // of parents, of clusters

@@ -40,33 +40,37 @@ int64_t CheckEnds(const char* name, const int32_t* ends, int64_t count, int64_t 
 // The clusters of one key head.
 struct HeadClusters {
   HeadClusters(const AttentionForm& form, const TokenClusters& all, int64_t head)
-      : centroids(all.centroids + head * all.count * form.head_size),
+      : centroids(Rows(form, all, all.centroids, head * all.count)),
         ends(all.ends + head * all.count),
         count(all.count),
-        parents(all.parents + head * all.parent_count * form.head_size),
+        parents(Rows(form, all, all.parents, head * all.parent_count)),
         parent_ends(all.parent_ends + head * all.parent_count),
         parent_count(all.parent_count) {}
 
   int64_t Begin(int64_t cluster) const { return cluster == 0 ? 0 : ends[cluster - 1]; }
   int64_t ParentBegin(int64_t parent) const { return parent == 0 ? 0 : parent_ends[parent - 1]; }
+  static TokenRows Rows(const AttentionForm& form, const TokenClusters& all, const char* from,
+                        int64_t row) {
+    return {from + row * form.head_size * ElementBytes(all.type), all.type, form.head_size};
+  }
 
-  const float* centroids;
+  TokenRows centroids;
   const int32_t* ends;
   int64_t count;
-  const float* parents;
+  TokenRows parents;
   const int32_t* parent_ends;
   int64_t parent_count;
 };
 
-// What a key of a cluster may expect of the softmax, from centroids (Squeezed Attention, section
-// 4.2): exp(s_j) / sum of n_i exp(s_i), the mean over the query heads of a group.
+// What a key of a cluster may expect of the softmax, from centroids (Squeezed Attention):
+// exp(s_j) / sum of n_i exp(s_i), the mean over the query heads of a group.
 class KeyWeights {
  public:
   KeyWeights(const AttentionKernels& pieces, const AttentionForm& form, const float* queries)
       : pieces_(pieces), form_(form), queries_(queries) {}
 
   // Of the rows of `centroids` in `runs`, which have `counts` keys.
-  std::vector<float> Of(const float* centroids, const std::vector<SlotRun>& runs,
+  std::vector<float> Of(const TokenRows& centroids, const std::vector<SlotRun>& runs,
                         const std::vector<float>& counts) const {
     const auto total = static_cast<int64_t>(counts.size());
     const int64_t blocks = (total + kBlockTokens - 1) / kBlockTokens;
@@ -99,7 +103,7 @@ class KeyWeights {
 
   // The next rows of the runs as weights, 0 where they have no keys; maxima of the group are
   // `stride` apart.
-  const float* Absorb(const float* centroids, const std::vector<SlotRun>& runs, Place& place,
+  const float* Absorb(const TokenRows& centroids, const std::vector<SlotRun>& runs, Place& place,
                       std::span<const float> counts, float* maxima, int64_t stride) const {
     const int64_t d = form_.head_size;
     const auto count = static_cast<int64_t>(counts.size());
@@ -109,8 +113,9 @@ class KeyWeights {
       const SlotRun& run = runs[place.run];
       const int64_t from = run.begin + place.offset;
       const int64_t part = std::min(run.end - from, count - done);
-      pieces_.scores(queries_, PaddedRow(d), group, {centroids + from * d, Type::kFloat, d}, part,
-                     d, scores + done, kScoreStride, 0);
+      const char* const rows = static_cast<const char*>(centroids.data);
+      const TokenRows these = {rows + from * d * ElementBytes(centroids.type), centroids.type, d};
+      pieces_.scores(queries_, PaddedRow(d), group, these, part, d, scores + done, kScoreStride, 0);
       done += part;
       place.offset += part;
       if (run.begin + place.offset == run.end) place = {place.run + 1, 0};

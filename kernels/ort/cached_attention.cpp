@@ -195,55 +195,55 @@ void CachedAttentionKernel::ReadClusters(const OrtKernelContext* context,
   if (!storage_->has_clusters()) return;
   const size_t first = kFirstPast + storage_->Tensors(-1).size();
   const int64_t heads = form_.kv_heads;
+  const std::vector<Type> floats = {Type::kFloat, Type::kFloat16, Type::kBfloat16};
+  const std::vector<int64_t> vectors = {1, heads, -1, form_.head_size};
   TokenClusters& clusters = operands.clusters;
-  const auto read = [&](size_t index, const char* name, Type type,
-                        const std::vector<int64_t>& wanted, int64_t* count) {
-    std::vector<int64_t> dims;
-    const Tensor tensor = NodeKernel::Input(context, first + index, &dims);
-    if (tensor.type != type) {
-      throw Error(std::string(name) + " is " + TypeName(tensor.type) + ", but must be " +
-                  TypeName(type));
-    }
-    if (!Fits(dims, wanted)) RefuseShape(name, dims, WantedText(wanted));
-    if (count != nullptr) *count = dims[2];
-    return tensor.data;
+  const auto read = [&](size_t index, const char* name, const std::vector<Type>& types,
+                        const std::vector<int64_t>& dims) {
+    return ReadTensor(context, first + index, {name, types, dims});
   };
-  const auto floats = [](const void* data) { return static_cast<const float*>(data); };
-  const auto integers = [](const void* data) { return static_cast<const int32_t*>(data); };
-  const int64_t d = form_.head_size;
-  clusters.centroids =
-      floats(read(0, "centroids", Type::kFloat, {1, heads, -1, d}, &clusters.count));
-  clusters.ends = integers(read(1, "ends", Type::kInt32, {1, heads, clusters.count}, nullptr));
-  clusters.parents =
-      floats(read(2, "parents", Type::kFloat, {1, heads, -1, d}, &clusters.parent_count));
-  clusters.parent_ends =
-      integers(read(3, "parent ends", Type::kInt32, {1, heads, clusters.parent_count}, nullptr));
-  clusters.thresholds = floats(read(4, "thresholds", Type::kFloat, {2}, nullptr));
+  const CacheTensor centroids = read(0, "centroids", floats, vectors);
+  clusters.type = centroids.type;
+  clusters.centroids = centroids.data;
+  clusters.count = centroids.dims[2];
+  const CacheTensor ends = read(1, "ends", {Type::kInt32}, {1, heads, clusters.count});
+  clusters.ends = reinterpret_cast<const int32_t*>(ends.data);
+  const CacheTensor parents = read(2, "parents", {clusters.type}, vectors);
+  clusters.parents = parents.data;
+  clusters.parent_count = parents.dims[2];
+  const CacheTensor parent_ends =
+      read(3, "parent ends", {Type::kInt32}, {1, heads, clusters.parent_count});
+  clusters.parent_ends = reinterpret_cast<const int32_t*>(parent_ends.data);
+  const CacheTensor thresholds = read(4, "thresholds", {Type::kFloat}, {2});
+  clusters.thresholds = reinterpret_cast<const float*>(thresholds.data);
+}
+
+CacheTensor CachedAttentionKernel::ReadTensor(const OrtKernelContext* context, size_t index,
+                                              const CacheTensorForm& form) const {
+  CacheTensor found;
+  const Tensor tensor = NodeKernel::Input(context, index, &found.dims);
+  if (!Fits(found.dims, form.dims)) RefuseShape(form.name, found.dims, WantedText(form.dims));
+  std::string types;
+  bool known = false;
+  for (const Type type : form.types) {
+    known = known || type == tensor.type;
+    if (!types.empty()) types += ", ";
+    types += TypeName(type);
+  }
+  if (!known) {
+    throw Error(std::string(form.name) + " is " + TypeName(tensor.type) + "; it must be " +
+                (form.types.size() > 1 ? "one of " : "") + types);
+  }
+  found.data = static_cast<char*>(const_cast<void*>(tensor.data));
+  found.type = tensor.type;
+  return found;
 }
 
 std::vector<CacheTensor> CachedAttentionKernel::ReadPast(const OrtKernelContext* context,
                                                          const AttentionOperands& operands) const {
-  const std::vector<CacheTensorForm> forms = storage_->Tensors(operands.batch);
-  std::vector<CacheTensor> past(forms.size());
-  for (size_t i = 0; i < forms.size(); ++i) {
-    const Tensor tensor = NodeKernel::Input(context, kFirstPast + i, &past[i].dims);
-    const CacheTensorForm& form = forms[i];
-    if (!Fits(past[i].dims, form.dims)) {
-      RefuseShape(form.name, past[i].dims, WantedText(form.dims));
-    }
-    std::string types;
-    bool known = false;
-    for (const Type type : form.types) {
-      known = known || type == tensor.type;
-      if (!types.empty()) types += ", ";
-      types += TypeName(type);
-    }
-    if (!known) {
-      throw Error(std::string(form.name) + " is " + TypeName(tensor.type) + "; it must be one of " +
-                  types);
-    }
-    past[i].data = static_cast<char*>(const_cast<void*>(tensor.data));
-    past[i].type = tensor.type;
+  std::vector<CacheTensor> past;
+  for (const CacheTensorForm& form : storage_->Tensors(operands.batch)) {
+    past.push_back(ReadTensor(context, kFirstPast + past.size(), form));
   }
   storage_->CheckPast(past, operands.past());
   return past;

@@ -32,6 +32,8 @@ class CachedAttentionKernel : public NodeKernel {
   Input Operand(const OrtKernelContext* context, size_t index, Type type) const;
   const float* Required(const OrtKernelContext* context, size_t index,
                         const std::vector<int64_t>& wanted) const;
+  CacheTensor ReadTensor(const OrtKernelContext* context, size_t index,
+                         const CacheTensorForm& form) const;
   std::vector<CacheTensor> ReadPast(const OrtKernelContext* context,
                                     const AttentionOperands& operands) const;
 

@@ -10,7 +10,8 @@ from effc.ir.dialect.selections import ClusterSelection
 from effc.passes.attention.cache_change import cache_prefix
 
 THRESHOLDS = "thresholds"
-INTEGERS = ("ends", "parent_ends")
+TYPES = {"ends": ir.DataType.INT32, "parent_ends": ir.DataType.INT32, THRESHOLDS: ir.DataType.FLOAT}
+"""Of inputs; centroids and parents have the type of the keys."""
 
 
 def cluster_inputs(site: CachedAttentionSite, form: AttentionForm, selection: ClusterSelection) -> list[ir.Value]:
@@ -27,7 +28,8 @@ def cluster_inputs(site: CachedAttentionSite, form: AttentionForm, selection: Cl
         full = f"clusters.{name}" if name == THRESHOLDS else f"clusters.{layer}.{name}"
         value = present.get(full)
         if value is None:
-            dtype = ir.DataType.INT32 if name in INTEGERS else ir.DataType.FLOAT
+            dtype = TYPES.get(name) or site.past[0].dtype
+            assert dtype is not None
             value = ir.Value(name=full, type=ir.TensorType(dtype), shape=ir.Shape(axes))
             graph.inputs.append(value)
         values.append(value)

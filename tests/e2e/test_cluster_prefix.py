@@ -146,10 +146,10 @@ def test_what_the_folder_says(plain: Path, tmp_path: Path) -> None:
     found = json.loads((tmp_path / "prefix" / MANIFEST).read_text())["tensors"]
     shapes = {one["name"]: (one["dtype"], one["shape"]) for one in found if one["role"] == "clusters"}
     assert shapes["clusters.thresholds"] == ("float32", [2])
-    assert shapes["clusters.2.centroids"] == ("float32", [1, 2, 8, 16])
-    assert shapes["clusters.2.ends"] == ("int32", [1, 2, 8])
-    assert shapes["clusters.2.parents"] == ("float32", [1, 2, 1, 16])
-    assert shapes["clusters.2.parent_ends"] == ("int32", [1, 2, 1])
+    assert shapes["clusters.2.centroids"] == ("float32", [1, 2, 32, 16])
+    assert shapes["clusters.2.ends"] == ("int32", [1, 2, 32])
+    assert shapes["clusters.2.parents"] == ("float32", [1, 2, 6, 16])
+    assert shapes["clusters.2.parent_ends"] == ("int32", [1, 2, 6])
     assert len(shapes) == 13
 
 

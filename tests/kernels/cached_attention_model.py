@@ -8,9 +8,10 @@ from dataclasses import asdict, dataclass
 
 import ml_dtypes
 import numpy as np
+import onnx_ir
 import onnxruntime as ort
 from attention_oracle import Form
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 
 from effc import kernels
 
@@ -133,7 +134,7 @@ def open_model(
             helper.make_tensor_value_info(f"present{i}", TYPES[tensor.dtype], ["batch4", heads, f"new{i}", *rest])
         )
     imports = [helper.make_opsetid("", 24), helper.make_opsetid("effc", 1)]
-    tensors = [numpy_helper.from_array(array, name) for name, array in (constants or {}).items()]
+    tensors = [onnx_ir.to_proto(onnx_ir.tensor(array, name=name)) for name, array in (constants or {}).items()]
     graph = helper.make_graph([node], "test", given, results, tensors)
     model = helper.make_model(graph, opset_imports=imports, ir_version=10)
     options = ort.SessionOptions()

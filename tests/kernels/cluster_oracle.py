@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from attention_oracle import Form
@@ -27,10 +27,9 @@ class Clusters:
     def inputs(self) -> dict[str, np.ndarray]:
         return dict(vars(self))
 
-    def repeated(self, group: int) -> Clusters:
-        """With every key head `group` times."""
-        four = [np.repeat(one, group, axis=1) for one in list(vars(self).values())[:4]]
-        return Clusters(*four, self.thresholds)
+    def rounded(self, dtype: np.dtype) -> Clusters:
+        """With centroids and parents of another type."""
+        return replace(self, centroids=self.centroids.astype(dtype), parents=self.parents.astype(dtype))
 
 
 def key_weights(form: Form, queries: np.ndarray, centroids: np.ndarray, counts: np.ndarray) -> np.ndarray:

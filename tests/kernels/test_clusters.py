@@ -150,6 +150,7 @@ def prepared(form: Form, dtype: str, feeds: dict[str, np.ndarray]) -> Cache:
     cache.run(feeds, [170, 1, PREFIX - 171])
     count = PREFIX - OBSERVED
     order, clusters = grouped(cache.past[0][0, :, :count].astype(F32))
+    clusters = clusters.rounded(DTYPES[dtype])
     cache.reorder(order)
     cache.give(with_thresholds(form, clusters, feeds, 0.6, 0.5))
     return cache
@@ -340,7 +341,12 @@ def test_what_there_is_not(form: Form, storage: dict[str, object], message: str)
         ({"parent_ends": lambda ends: ends - 1}, "the parents of head 0 have not all clusters"),
         ({"thresholds": lambda limits: limits[:1]}, "thresholds has shape"),
         ({"centroids": lambda x: x[:, :, :, :5]}, "centroids has shape"),
-        ({"ends": lambda ends: ends.astype(np.int64)}, "ends is another type, but must be int32"),
+        ({"ends": lambda ends: ends.astype(np.int64)}, "ends is another type; it must be int32"),
+        (
+            {"centroids": lambda x: x.astype(np.float64)},
+            "centroids is another type; it must be one of",
+        ),
+        ({"parents": lambda x: x.astype(np.float16)}, "parents is float16; it must be float32"),
     ],
 )
 def test_clusters_that_do_not_fit(change: dict[str, object], message: str) -> None:

@@ -34,9 +34,9 @@ def layout(layers: int = 1, dtype: str = "float32", softcap: float = 0.0) -> Cac
         names = {kind: f"past_key_values.{layer}.{kind}" for kind in kinds}
         ports += [CachePort(names[kind], f"present.{layer}.{kind}", *form) for kind, form in kinds.items()]
         inputs = [
-            Port(f"clusters.{layer}.centroids", "float32", [1, KV_HEADS, "clusters", SIZE]),
+            Port(f"clusters.{layer}.centroids", dtype, [1, KV_HEADS, "clusters", SIZE]),
             Port(f"clusters.{layer}.ends", "int32", [1, KV_HEADS, "clusters"]),
-            Port(f"clusters.{layer}.parents", "float32", [1, KV_HEADS, "parents", SIZE]),
+            Port(f"clusters.{layer}.parents", dtype, [1, KV_HEADS, "parents", SIZE]),
             Port(f"clusters.{layer}.parent_ends", "int32", [1, KV_HEADS, "parents"]),
             Port("clusters.thresholds", "float32", [2]),
         ]
@@ -63,7 +63,7 @@ def random_cache(of: CacheLayout, tokens: int) -> dict[str, np.ndarray]:
 
 
 def floats(array: np.ndarray) -> np.ndarray:
-    return (array.view(ml_dtypes.bfloat16) if array.dtype == np.uint16 else array).astype(np.float64)
+    return np.asarray((array.view(ml_dtypes.bfloat16) if array.dtype == np.uint16 else array).astype(np.float64))
 
 
 @pytest.mark.parametrize("count", [1, 2, 19, 20, 39, 40, 333, 1000])
@@ -91,7 +91,7 @@ def test_a_tree_holds_every_token_once(count: int, size: int) -> None:
 
 def test_equal_keys_leave_clusters_empty() -> None:
     tree = cluster_tree(np.ones((100, SIZE), np.float32))
-    assert tree.ends.tolist().count(100) + tree.ends.tolist().count(0) == 5
+    assert tree.ends.tolist().count(100) + tree.ends.tolist().count(0) == 20
     assert tree.counts.sum() == tree.parent_counts.sum() == 100
     assert set(tree.centroids.sum(axis=1).tolist()) == {0.0, float(SIZE)}
 
@@ -115,6 +115,7 @@ def shares_read(of: CacheLayout, cache: Mapping[str, np.ndarray], clusters: Mapp
     shares = []
     for port in of.clusters:
         centroids, ends, parents, parent_ends = (clusters[one.name][0] for one in port.inputs[:4])
+        centroids, parents = floats(centroids), floats(parents)
         queries = cache[port.queries][0].astype(np.float64).reshape(KV_HEADS, -1, OBSERVED, SIZE)
         for head in range(KV_HEADS):
             counts = np.diff(ends[head], prepend=0)
@@ -129,7 +130,7 @@ def shares_read(of: CacheLayout, cache: Mapping[str, np.ndarray], clusters: Mapp
 
 
 def estimate(port: ClusterPorts, queries: np.ndarray, centroids: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    scores = queries @ centroids.astype(np.float64).T * port.scale
+    scores = queries @ centroids.T * port.scale
     if port.softcap:
         scores = port.softcap * np.tanh(scores / port.softcap)
     weights = np.exp(scores)
@@ -161,7 +162,9 @@ def test_tokens_follow_their_clusters() -> None:
             order = floats(cache[port.value])[0, head, :, 0].astype(int)  # counted up to 256 in bfloat16
             assert np.array_equal(order[-OBSERVED:], floats(before[port.value])[0, head, -OBSERVED:, 0].astype(int))
             means = np.add.reduceat(floats(cache[port.key])[0, head, :300], np.concatenate([[0], ends[head, :-1]]))
-            np.testing.assert_allclose(means / np.diff(ends[head], prepend=0)[:, None], centroids[head], atol=1e-4)
+            np.testing.assert_allclose(
+                means / np.diff(ends[head], prepend=0)[:, None], floats(centroids)[head], rtol=1e-2, atol=1e-3
+            )
             pairs = [
                 sorted(zip(*(floats(one[name])[0, head, :300].tolist() for name in (port.key, port.value))))
                 for one in (before, cache)
