@@ -79,6 +79,7 @@ def render_report(
         contexts=measured.get("contexts"),
         passkey=measured.get("passkey"),
         maps=passkey_maps(measured["passkey"]) if measured.get("passkey") else [],
+        reads=measured.get("reads"),
         bench=_bench_rows(bench) if bench else None,
         settings=dict((bench or {}).get("settings", {})),
     )

@@ -134,6 +134,17 @@ def test_long_contexts(manifest: dict) -> None:
     assert "4096 tokens, 0 % deep: 0 %, ln p –" in unknown
 
 
+def test_tokens_that_are_read(manifest: dict) -> None:
+    layer = {"node": "layer <3>", "heads": [0.25, 0.5], "least": 0.125, "most": 0.75, "map": [1.0, 0.0, 0.0625]}
+    reads = {"tokens": 900, "steps": 32, "layers": [layer]}
+    text = render_report(manifest, verify={**long_contexts(2.75), "reads": reads})
+    check(text)
+    for expected in ("at the end of 900 tokens", "layer &lt;3&gt;", "37.5 %", "12.5 %", "75.0 %", "25.0 %, 50.0 %"):
+        assert expected in text
+    assert text.count('class="good read"') == 2
+    assert 'x="2" y="0" width="1" height="12" class="good read" fill-opacity="0.062"' in text
+
+
 def test_every_cell_lies_within_its_picture(manifest: dict) -> None:
     for picture in passkey_maps(long_contexts(2.75)["passkey"]):
         places = {(cell.x, cell.y) for cell in picture.cells}
