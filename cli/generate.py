@@ -29,6 +29,12 @@ from effc.errors import InputError, UsageError
 @click.option("--stop", multiple=True, metavar="TEXT", help="Stop before this text; may be given again.")
 @click.option("--stream", is_flag=True, help="Print the text as it is made (one prompt).")
 @click.option("--chat", is_flag=True, help="Put the prompt into the model's chat template.")
+@click.option(
+    "--filter-prompt/--no-filter-prompt",
+    default=True,
+    show_default=True,
+    help="Shorten long prompts where the engine has a filter.",
+)
 @threads_option
 @json_option
 def command(
@@ -44,6 +50,7 @@ def command(
     stop: tuple[str, ...],
     stream: bool,
     chat: bool,
+    filter_prompt: bool,
     threads: int | None,
     as_json: bool,
 ) -> None:
@@ -67,6 +74,7 @@ def command(
             stop=stop,
             stream=_print_piece if stream else None,
             chat=chat,
+            filter_prompt=filter_prompt,
         )
     if as_json:
         print_json({"results": [{"prompt": text, **asdict(result)} for text, result in zip(texts, results)]})

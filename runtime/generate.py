@@ -35,7 +35,8 @@ class Generation:
         token_ids: The generated ids, the one that ended it (EOS, or the end of a stop string) included.
         finish_reason: `eos`, `stop` (a stop string came) or `length` (max_new_tokens, or the model's limit).
         prompt_tokens: Tokens of the prompt, without padding.
-        prefill_seconds: Time the batch took to read its prompts, up to the first logits.
+        kept_tokens: Tokens of it that the model read; fewer where the engine shortens prompts.
+        prefill_seconds: Time the batch took to shorten and read its prompts, up to the first logits.
         decode_seconds: Time from there to the end of this row.
     """
 
@@ -43,6 +44,7 @@ class Generation:
     token_ids: list[int]
     finish_reason: str
     prompt_tokens: int
+    kept_tokens: int
     prefill_seconds: float
     decode_seconds: float
 
@@ -61,6 +63,7 @@ def generate(
     stream: Stream | None = None,
     chat: bool = False,
     prefill_chunk: int | None = None,
+    filter_prompt: bool = True,
 ) -> list[Generation]:
     """Continue prompts.
 
@@ -81,6 +84,8 @@ def generate(
         chat: Take each text as a user's message and put it into the model's chat template.
         prefill_chunk: Tokens of the prompt read in one run; None reads all at once, but splits a single long
             prompt so that its logits stay below `LOGITS_LIMIT`.
+        filter_prompt: Shorten long prompts where the engine has a filter (the pass `prompt-filter`), row by row; else
+            they are read whole.
 
     Returns:
         One `Generation` a prompt, in order.
@@ -98,11 +103,14 @@ def generate(
     decode = engine.tokenizer.decode if needs_text else _no_text
     limit = limits.position_limit(engine.manifest.config)
     eos = limits.eos_ids(engine.manifest.config, engine.assets)
+    _check_lengths(prompt_ids, limit)
+    begun = time.perf_counter()
     rows = []
     for index, ids in enumerate(prompt_ids):
-        steps = _steps(index, ids, max_new_tokens, limit)
-        rows.append(_Row(index, ids, steps, eos, Detokenizer(decode, ids), StopFilter(stop), stream))
-    _decode(engine, rows, Sampler(sampling, prompt_ids, seed), prefill_chunk)
+        kept = engine.shortened(ids) if filter_prompt else ids
+        steps = _steps(len(kept), max_new_tokens, limit)
+        rows.append(_Row(index, len(ids), kept, steps, eos, Detokenizer(decode, ids), StopFilter(stop), stream))
+    _decode(engine, rows, Sampler(sampling, prompt_ids, seed), prefill_chunk, begun)
     return [row.generation() for row in rows]
 
 
@@ -159,13 +167,15 @@ def _checked_ids(engine: Engine, index: int, prompt: object) -> list[int]:
     return [int(item) for item in array]
 
 
-def _steps(index: int, ids: Sequence[int], max_new_tokens: int, limit: int | None) -> int:
+def _check_lengths(prompts: Sequence[Sequence[int]], limit: int | None) -> None:
+    for index, ids in enumerate(prompts):
+        if limit is not None and len(ids) > limit:
+            raise UsageError(f"prompt {index} has {len(ids)} tokens, the model takes at most {limit}. Shorten it.")
+
+
+def _steps(read: int, max_new_tokens: int, limit: int | None) -> int:
     """Tokens a row may get. The last one is not fed again, so a prompt at the limit still gets one."""
-    if limit is None:
-        return max_new_tokens
-    if len(ids) > limit:
-        raise UsageError(f"prompt {index} has {len(ids)} tokens, the model takes at most {limit}. Shorten it.")
-    return min(max_new_tokens, limit - len(ids) + 1)
+    return max_new_tokens if limit is None else min(max_new_tokens, limit - read + 1)
 
 
 def _no_text(ids: Sequence[int]) -> str:
@@ -175,9 +185,10 @@ def _no_text(ids: Sequence[int]) -> str:
 
 @dataclass
 class _Row:
-    """One prompt in progress."""
+    """One prompt in progress; `prompt` is what the model reads of its tokens."""
 
     index: int
+    prompt_tokens: int
     prompt: list[int]
     steps: int
     eos: frozenset[int]
@@ -221,7 +232,7 @@ class _Row:
         """The result."""
         text = "".join(self.pieces)
         seconds = (self.prefill_seconds, self.decode_seconds)
-        return Generation(text, self.ids, self.finish_reason, len(self.prompt), *seconds)
+        return Generation(text, self.ids, self.finish_reason, self.prompt_tokens, len(self.prompt), *seconds)
 
 
 class _Batch:
@@ -275,10 +286,9 @@ class _Batch:
         return outputs[LOGITS][:, -1] if wanted else np.empty(0)
 
 
-def _decode(engine: Engine, rows: Sequence[_Row], sampler: Sampler, prefill_chunk: int | None) -> None:
-    """Run all rows to their ends."""
+def _decode(engine: Engine, rows: Sequence[_Row], sampler: Sampler, prefill_chunk: int | None, begun: float) -> None:
+    """Run all rows to their ends; `begun` is when work on the prompts began."""
     _check_interface(engine, [row.prompt for row in rows])
-    begun = time.perf_counter()
     batch = _Batch(engine, [row.prompt for row in rows], max(row.steps for row in rows))
     logits = batch.prefill(prefill_chunk or prompt_chunk(engine, len(rows), batch.width))
     read = time.perf_counter()

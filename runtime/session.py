@@ -17,6 +17,8 @@ from effc.runtime.bundle import CachePort, Manifest, Port, check_files, read_man
 from effc.runtime.embed import embed
 from effc.runtime.generate import Generation, generate
 from effc.runtime.kv_state import NUM_LOGITS, KvState, port_shape
+from effc.runtime.prompt_filter import PromptFilter
+from effc.runtime.shared_weights import SharedWeights
 from effc.runtime.tensors import check_feeds, storage_dtype, to_numpy, to_ort
 from effc.runtime.threads import default_threads, most_threads
 from effc.runtime.tokenizer import Tokenizer
@@ -65,11 +67,26 @@ def load(
     if check:
         check_files(folder, manifest)
     chosen = _providers(folder, manifest, providers)
-    options = _session_options(threads or default_threads(), _prepack(manifest, prepack))
-    if manifest.needs_kernels:
-        options.register_custom_ops_library(_kernel_library(folder))
-    session = _open(folder, manifest, options, chosen)
-    return Engine(folder, manifest, session)
+    library = _kernel_library(folder) if manifest.needs_kernels else None
+    shared = SharedWeights.of(folder, manifest)
+
+    def options() -> ort.SessionOptions:
+        made = _session_options(threads or default_threads(), _prepack(manifest, prepack))
+        if library is not None:
+            made.register_custom_ops_library(library)
+        shared.add_to(made)
+        return made
+
+    session = _open(folder / manifest.model, manifest, options(), chosen)
+    _check_interface(folder / manifest.model, manifest, session)
+    prompt_filter = None
+    if manifest.prompt_filter is not None:
+        quiet = options()
+        # Its threads are not to wait busily while the model runs.
+        quiet.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        own = _open(folder / manifest.prompt_filter.model, manifest, quiet, chosen)
+        prompt_filter = PromptFilter(folder, manifest, own)
+    return Engine(folder, manifest, session, prompt_filter=prompt_filter, shared=shared)
 
 
 def _providers(folder: Path, manifest: Manifest, requested: Sequence[str] | None) -> list[str]:
@@ -119,20 +136,17 @@ def _kernel_library(folder: Path) -> str:
     return str(path)
 
 
-def _open(folder: Path, manifest: Manifest, options: ort.SessionOptions, providers: list[str]) -> ort.InferenceSession:
-    path = folder / manifest.model
+def _open(path: Path, manifest: Manifest, options: ort.SessionOptions, providers: list[str]) -> ort.InferenceSession:
     if not path.is_file():
         raise EngineError(f"{path}: is missing. Copy or build the engine again.")
     try:
-        session = ort.InferenceSession(str(path), options, providers=providers)
+        return ort.InferenceSession(str(path), options, providers=providers)
     except Exception as error:  # onnxruntime's errors have no common base of their own
         built = manifest.versions.get("onnxruntime", "an unknown version")
         raise EngineError(
             f"{path}: onnxruntime {ort.__version__} refuses it: {error}. It was built for onnxruntime {built}, "
             f"opset {manifest.opset}. Upgrade onnxruntime, or build the engine again."
         ) from error
-    _check_interface(path, manifest, session)
-    return session
 
 
 def _check_interface(path: Path, manifest: Manifest, session: ort.InferenceSession) -> None:
@@ -157,11 +171,21 @@ class Engine:
         assets: Its text files.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, session: ort.InferenceSession) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        session: ort.InferenceSession,
+        *,
+        prompt_filter: PromptFilter | None = None,
+        shared: SharedWeights | None = None,
+    ) -> None:
         self.folder = folder
         self.manifest = manifest
         self.assets = Assets(folder, manifest.files)
         self._session: ort.InferenceSession | None = session
+        self._prompt_filter = prompt_filter
+        self._shared = shared
 
     @property
     def task(self) -> str:
@@ -232,6 +256,16 @@ class Engine:
         """Whether the engine computes only the logits that are asked for."""
         return any(port.name == NUM_LOGITS for port in self.manifest.optional_inputs)
 
+    def shortened(self, ids: Sequence[int]) -> list[int]:
+        """The tokens of a prompt that the model is to read: all, or those that the engine's filter keeps.
+
+        Raises:
+            UsageError: The engine was closed.
+            EngineError: The filter failed while running.
+        """
+        prompt_filter = self._prompt_filter if self.session else None
+        return list(ids) if prompt_filter is None else prompt_filter.shortened(ids)
+
     def new_state(self, batch: int, *, max_length: int | None = None) -> KvState:
         """An empty cache for a batch, to run the engine step by step.
 
@@ -269,6 +303,7 @@ class Engine:
         stream: Callable[[int, str], None] | None = None,
         chat: bool = False,
         prefill_chunk: int | None = None,
+        filter_prompt: bool = True,
     ) -> list[Generation]:
         """Continue prompts; see `effc.runtime.generate.generate`."""
         return generate(
@@ -284,11 +319,13 @@ class Engine:
             stream=stream,
             chat=chat,
             prefill_chunk=prefill_chunk,
+            filter_prompt=filter_prompt,
         )
 
     def close(self) -> None:
-        """Release the session; using the engine afterwards is an error, closing it again is not."""
-        self._session = None
+        """Release the sessions; using the engine afterwards is an error, closing it again is not."""
+        self._session = self._prompt_filter = None
+        self._shared = None
 
     def __enter__(self) -> Engine:
         return self
