@@ -15,8 +15,12 @@ import torch
 import effc
 from effc import kernels
 from effc.errors import EngineError
+from effc.runtime.kv_state import KvState
 from effc.runtime.prompt_filter import choose_tokens
 from effc.runtime.session import Engine
+from effc.verify.bench_worker import Worker
+from effc.verify.passkey import answer
+from effc.verify.passkey_prompt import Prompt
 
 LAYER, KEEP, FORCED, HEADS, KV_HEADS, SIZE, VOCAB = 2, 16, 3, 4, 2, 32, 64
 FILTER = f"prompt-filter{{layer={LAYER},keep={KEEP},forced={FORCED}}}"
@@ -177,6 +181,24 @@ def test_coded_weights_are_kept_once(build: Build) -> None:
         engine.generate([IDS], max_new_tokens=2)
     del engine
     assert kernels.live_weights() == before
+
+
+def test_benchmarks_and_pass_keys_read_what_stays(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths = []
+    new_state = Engine.new_state
+
+    def recorded(engine: Engine, batch: int, *, max_length: int) -> KvState:
+        lengths.append((batch, max_length))
+        return new_state(engine, batch, max_length=max_length)
+
+    monkeypatch.setattr(Engine, "new_state", recorded)
+    worker = Worker(build(FILTER))
+    worker.load(1)
+    worker.generate(3, 40, 2)
+    found = answer(worker.engine, Prompt(IDS, [7, 8, 9]))
+    kept = answer(worker.engine, Prompt(worker.engine.shortened(IDS), [7, 8, 9]))
+    assert lengths == [(3, KEEP + 2), (1, KEEP + 2), (1, KEEP + 2)]
+    assert found == kept
 
 
 def test_the_filter_has_the_first_layers_only(build: Build) -> None:
