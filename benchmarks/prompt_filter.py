@@ -22,7 +22,7 @@ import onnx_ir as ir
 import effc
 from effc.ir.analysis.cached_attention import attention_form, is_cached_attention
 from effc.ir.analysis.cost import node_cost
-from effc.runtime.generate import prompt_chunk
+from effc.runtime.batch import prompt_chunk
 from effc.runtime.limits import text_config
 from effc.runtime.session import Engine
 from effc.verify.steps import token_feed

@@ -11,7 +11,8 @@ import click
 
 from effc.cli.options import engine_argument, json_option, threads_option
 from effc.cli.output import print_json
-from effc.errors import InputError, UsageError
+from effc.cli.texts import read_text
+from effc.errors import UsageError
 
 
 @click.command("generate")
@@ -29,6 +30,12 @@ from effc.errors import InputError, UsageError
 @click.option("--stop", multiple=True, metavar="TEXT", help="Stop before this text; may be given again.")
 @click.option("--stream", is_flag=True, help="Print the text as it is made (one prompt).")
 @click.option("--chat", is_flag=True, help="Put the prompt into the model's chat template.")
+@click.option(
+    "--prefix",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Start where `effc prefix` ended: the prompt is what follows its text.",
+)
 @click.option(
     "--filter-prompt/--no-filter-prompt",
     default=True,
@@ -50,12 +57,13 @@ def command(
     stop: tuple[str, ...],
     stream: bool,
     chat: bool,
+    prefix: Path | None,
     filter_prompt: bool,
     threads: int | None,
     as_json: bool,
 ) -> None:
     """Generate text with ENGINE."""
-    texts = [*prompts, *([_content(prompt_file)] if prompt_file is not None else [])]
+    texts = [*prompts, *([read_text(prompt_file)] if prompt_file is not None else [])]
     if not texts:
         raise UsageError("generate needs a prompt. Give --prompt TEXT or --prompt-file FILE.")
     if stream and (as_json or len(texts) > 1):
@@ -74,6 +82,7 @@ def command(
             stop=stop,
             stream=_print_piece if stream else None,
             chat=chat,
+            prefix=prefix,
             filter_prompt=filter_prompt,
         )
     if as_json:
@@ -83,13 +92,6 @@ def command(
     else:
         for result in results:
             click.echo(result.text)
-
-
-def _content(file: Any) -> str:
-    try:
-        return str(file.read())
-    except UnicodeDecodeError as error:
-        raise InputError(f"{file.name}: is not UTF-8 text ({error}). Convert it first.") from error
 
 
 def _print_piece(_row: int, text: str) -> None:

@@ -21,6 +21,7 @@ COMMANDS = {
     "verify": "effc.cli.verify",
     "bench": "effc.cli.bench",
     "generate": "effc.cli.generate",
+    "prefix": "effc.cli.prefix",
     "embed": "effc.cli.embed",
     "passes": "effc.cli.passes",
     "doctor": "effc.cli.doctor",

@@ -26,6 +26,8 @@ VERSION = 1
 MANIFEST = "effc.json"
 MANIFEST_LIMIT = 64 << 20
 HASH_CHUNK = 1 << 20
+TEXTS = frozenset({".json", ".xz", ".jinja", ".txt", ".html", ".model"})
+"""Suffixes of files that do not decide what an engine computes from token ids."""
 
 
 @dataclass(frozen=True)
@@ -66,11 +68,13 @@ class CacheLayout:
         ports: The tensors, in graph order.
         layers: For each attention of ours, what one row takes: `site`, `storage`, `bits` and `bits_with_parameters`
             of an element, and at `tokens` tokens `bytes`, `bytes_of_codes` and `dense_bytes` (bfloat16).
+        endless: Whether no attention ever meets a position beyond a fixed one, so that any number of tokens will do.
     """
 
     mode: str
     ports: list[CachePort] = field(default_factory=list)
     layers: list[dict[str, Any]] = field(default_factory=list)
+    endless: bool = False
 
 
 @dataclass(frozen=True)
@@ -190,20 +194,36 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     if not path.is_file():
         raise EngineError(f"{folder}: is not an engine folder, it has no {MANIFEST}. Make one with `effc optimize`.")
+    return _parse(path, read_versioned(path, FORMAT, VERSION, "an effc engine", "Build the engine again."))
+
+
+def read_versioned(path: Path, form: str, version: int, what: str, again: str) -> dict[str, Any]:
+    """The JSON object of a manifest that names its format.
+
+    Args:
+        path: The manifest, which exists.
+        form: What its key `format` must say.
+        version: What its key `version` must say.
+        what: What it is a manifest of, for messages.
+        again: How to make another, for messages.
+
+    Raises:
+        EngineError: It is damaged, of another format or version.
+    """
     if path.stat().st_size > MANIFEST_LIMIT:
-        raise EngineError(f"{path}: is larger than {MANIFEST_LIMIT >> 20} MiB, which no engine writes. Build it again.")
+        raise EngineError(f"{path}: is larger than {MANIFEST_LIMIT >> 20} MiB, which no manifest is. {again}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise EngineError(f"{path}: is damaged ({error}). Build the engine again.") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise EngineError(f"{path}: is not a manifest of an effc engine. Build one with `effc optimize`.")
-    if content.get("version") != VERSION:
+        raise EngineError(f"{path}: is damaged ({error}). {again}") from error
+    if not isinstance(content, dict) or content.get("format") != form:
+        raise EngineError(f"{path}: is not a manifest of {what}. {again}")
+    if content.get("version") != version:
         raise EngineError(
-            f"{path}: has format version {content.get('version')!r}, this effc reads {VERSION}. "
-            "Upgrade effc, or build the engine again."
+            f"{path}: has format version {content.get('version')!r}, this effc reads {version}. "
+            f"Upgrade effc, or do this: {again}"
         )
-    return _parse(path, content)
+    return content
 
 
 LATER_KEYS = ("optional_inputs", "prompt_filter")
@@ -218,11 +238,11 @@ def _parse(path: Path, content: Mapping[str, Any]) -> Manifest:
         values["outputs"] = [Port(**port) for port in values["outputs"]]
         if values["cache"] is not None:
             ports = [CachePort(**port) for port in values["cache"]["ports"]]
-            values["cache"] = CacheLayout(values["cache"]["mode"], ports, values["cache"].get("layers", []))
+            values["cache"] = CacheLayout(**{**values["cache"], "ports": ports})
         values["prompt_filter"] = _prompt_filter(content.get("prompt_filter"))
         manifest = Manifest(**values)
         for name in (*manifest.models, *manifest.files):
-            _check_name(path, name)
+            check_name(path, name)
         return manifest
     except (KeyError, TypeError, AttributeError) as error:
         raise EngineError(f"{path}: a key is missing or malformed ({error}). Build the engine again.") from error
@@ -237,10 +257,22 @@ def _prompt_filter(content: Mapping[str, Any] | None) -> PromptFilter | None:
     return found
 
 
-def _check_name(path: Path, name: str) -> None:
+def check_name(path: Path, name: str) -> None:
+    """Refuse a file name, found in the manifest `path`, that is not one of a file right beside it.
+
+    Raises:
+        EngineError: It has a folder in it, or leaves the folder.
+    """
     pure = PurePosixPath(name)
     if pure.is_absolute() or len(pure.parts) != 1 or ".." in pure.parts or "\\" in name:
-        raise EngineError(f"{path}: file name {name!r} leaves the engine folder. Do not use this engine.")
+        raise EngineError(f"{path}: file name {name!r} leaves its folder. Do not use it.")
+
+
+def numbers_hash(manifest: Manifest) -> str:
+    """SHA-256 over what decides the numbers of an engine: the graph and its weights, not tokenizer, texts or report."""
+    names = sorted(name for name in manifest.files if Path(name).suffix not in TEXTS)
+    lines = [f"{name} {manifest.files[name].get('sha256')}\n" for name in names]
+    return hashlib.sha256("".join(lines).encode("utf-8")).hexdigest()
 
 
 def check_files(folder: Path, manifest: Manifest) -> None:

@@ -39,6 +39,7 @@ class Cache(ABC):
         self.batch = batch
         self.device = device
         self.values: list[ort.OrtValue] = []
+        self.initial: Mapping[str, np.ndarray] = {}
 
     @abstractmethod
     def bind(self, binding: ort.IOBinding, length: int, total: int) -> None:
@@ -48,8 +49,20 @@ class Cache(ABC):
     def advance(self, outputs: Mapping[str, ort.OrtValue]) -> None:
         """Take over what the run produced."""
 
+    def arrays(self, length: int) -> dict[str, np.ndarray]:
+        """Cache input name -> the tensor at `length` tokens, spare capacity included."""
+        if not self.values:
+            return {port.input: self._first(port, length) for port in self.ports}
+        return {port.input: to_numpy(value, port.dtype) for port, value in zip(self.ports, self.values)}
+
     def _zeros(self, port: CachePort, past: int) -> np.ndarray:
         return np.zeros(port_shape(port, self.batch, past), storage_dtype(port.dtype))
+
+    def _first(self, port: CachePort, length: int) -> np.ndarray:
+        """What a cache that has seen no run begins with; a single row is used where it lies, for reading only."""
+        if port.input not in self.initial:
+            return self._zeros(port, 0)
+        return np.ascontiguousarray(np.broadcast_to(self.initial[port.input], port_shape(port, self.batch, length)))
 
 
 class InPlaceCache(Cache):
@@ -77,18 +90,19 @@ class InPlaceCache(Cache):
         """Nothing to do: the run wrote into the bound buffers."""
 
     def _grown(self, length: int) -> list[ort.OrtValue]:
-        """Buffers of the new capacity with what the first `length` tokens left in the old ones."""
+        """Buffers of the new capacity with what the first `length` tokens left in the old ones, or began with."""
         grown = []
         for index, port in enumerate(self.ports):
-            axis = _growing_axis(port)
-            if self.values and axis is None:
+            if self.values and _growing_axis(port) is None:
                 grown.append(self.values[index])
                 continue
             array = self._zeros(port, self.capacity)
-            if self.values and length and axis is not None:
-                kept = (slice(None),) * axis + (slice(_axis_size(port, axis, self.batch, length)),)
-                array[kept] = to_numpy(self.values[index], port.dtype)[kept]
+            old = to_numpy(self.values[index], port.dtype) if self.values else self.initial.get(port.input)
+            if old is not None and length:
+                kept = _kept(port, length)
+                array[kept] = old[kept]
             grown.append(to_ort(array, port.dtype, self.device))
+        self.initial = {}
         return grown
 
 
@@ -98,7 +112,8 @@ class GrowingCache(Cache):
     def bind(self, binding: ort.IOBinding, length: int, total: int) -> None:
         """Bind the present tensors as inputs and let the run allocate the outputs."""
         if not self.values:
-            self.values = [to_ort(self._zeros(port, 0), port.dtype, self.device) for port in self.ports]
+            self.values = [to_ort(self._first(port, length), port.dtype, self.device) for port in self.ports]
+            self.initial = {}
         for port, value in zip(self.ports, self.values):
             binding.bind_ortvalue_input(port.input, value)
             binding.bind_output(port.output, self.device)
@@ -123,6 +138,7 @@ class KvState:
         EngineError: The layout's mode or a cache shape is unknown.
 
     Attributes:
+        batch: Rows.
         length: Tokens in the cache, padding included.
     """
 
@@ -136,6 +152,7 @@ class KvState:
         max_length: int | None = None,
         device: str = "cpu",
     ) -> None:
+        self.batch = batch
         self.length = 0
         self.max_length = max_length
         self._session = session
@@ -153,6 +170,32 @@ class KvState:
     def nbytes(self, length: int | None = None) -> dict[str, int]:
         """Cache input name -> bytes it takes for `length` tokens (those it has now), without spare capacity."""
         return cache_bytes(self._layout, self.length if length is None else length, self._cache.batch)
+
+    def snapshot(self) -> dict[str, np.ndarray]:
+        """Cache input name -> a copy of what the tokens left in it, without spare capacity, in its storage dtype."""
+        arrays = self._cache.arrays(self.length)
+        return {port.input: arrays[port.input][_kept(port, self.length)].copy() for port in self._layout.ports}
+
+    def restore(self, tensors: Mapping[str, np.ndarray], length: int) -> None:
+        """Start from the cache of one row, which every row of the batch gets. The arrays are not written to.
+
+        Args:
+            tensors: What `snapshot` gave of a state with one row.
+            length: Tokens it holds, none of them padding.
+
+        Raises:
+            UsageError: They are more than `max_length`, or this state holds tokens already.
+            EngineError: The tensors are not those of this engine at this length.
+        """
+        if self.length:
+            raise UsageError(f"the cache holds {self.length} tokens already. Restore into a new state.")
+        if self.max_length is not None and length > self.max_length:
+            raise UsageError(
+                f"the cache holds at most {self.max_length} tokens, {length} were given. Raise max_length."
+            )
+        check_snapshot(self._layout, tensors, length)
+        self._cache.initial = dict(tensors)
+        self.length = length
 
     def run(
         self, feeds: Mapping[str, np.ndarray], outputs: Sequence[str], *, num_logits: int | None = None
@@ -227,6 +270,24 @@ def cache_bytes(layout: CacheLayout, length: int, batch: int = 1) -> dict[str, i
     }
 
 
+def check_snapshot(layout: CacheLayout, tensors: Mapping[str, np.ndarray], length: int) -> None:
+    """Compare tensors with what the cache of one row holds after a number of tokens.
+
+    Raises:
+        EngineError: A tensor is missing, unknown, or has another dtype or shape.
+    """
+    names = {port.input for port in layout.ports}
+    if difference := ", ".join(sorted(names ^ set(tensors))):
+        raise EngineError(f"the saved cache and that of the engine differ in {difference}. Compute it again.")
+    for port in layout.ports:
+        array, shape = tensors[port.input], port_shape(port, 1, length)
+        if array.dtype != storage_dtype(port.dtype) or array.shape != shape:
+            raise EngineError(
+                f"the saved cache tensor {port.input!r} is {array.dtype}{list(array.shape)}, the engine has "
+                f"{port.dtype}{list(shape)} after {length} tokens. Compute it again."
+            )
+
+
 def _axis_size(port: CachePort, axis: int, batch: int, past: int) -> int:
     size = port.shape[axis]
     if isinstance(size, int):
@@ -245,6 +306,12 @@ def _growing_axis(port: CachePort) -> int | None:
     """The axis that grows with the tokens; None for a tensor of fixed size."""
     growing = [axis for axis, size in enumerate(port.shape) if isinstance(size, str) and size != BATCH]
     return growing[0] if growing else None
+
+
+def _kept(port: CachePort, length: int) -> tuple[slice, ...]:
+    """Index of what `length` tokens need of a tensor."""
+    axis = _growing_axis(port)
+    return () if axis is None else (slice(None),) * axis + (slice(_axis_size(port, axis, 1, length)),)
 
 
 def next_capacity(needed: int, current: int, limit: int | None) -> int:

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 
 from effc.errors import EngineError, MissingDependencyError, UsageError
 from effc.runtime.assets import Assets
-from effc.runtime.bundle import CachePort, Manifest, Port, check_files, read_manifest
+from effc.runtime.bundle import CacheLayout, CachePort, Manifest, Port, check_files, read_manifest
 from effc.runtime.embed import embed
 from effc.runtime.generate import Generation, generate
 from effc.runtime.kv_state import NUM_LOGITS, KvState, port_shape
+from effc.runtime.prefix import Prefix, open_prefix, write_prefix
 from effc.runtime.prompt_filter import PromptFilter
 from effc.runtime.shared_weights import SharedWeights
 from effc.runtime.tensors import check_feeds, storage_dtype, to_numpy, to_ort
@@ -67,25 +69,12 @@ def load(
     if check:
         check_files(folder, manifest)
     chosen = _providers(folder, manifest, providers)
-    library = _kernel_library(folder) if manifest.needs_kernels else None
     shared = SharedWeights.of(folder, manifest)
-
-    def options() -> ort.SessionOptions:
-        made = _session_options(threads or default_threads(), _prepack(manifest, prepack))
-        if library is not None:
-            made.register_custom_ops_library(library)
-        shared.add_to(made)
-        return made
-
+    library = _kernel_library(folder) if manifest.needs_kernels else None
+    options = partial(_session_options, threads or default_threads(), _prepack(manifest, prepack), library, shared)
     session = _open(folder / manifest.model, manifest, options(), chosen)
     _check_interface(folder / manifest.model, manifest, session)
-    prompt_filter = None
-    if manifest.prompt_filter is not None:
-        quiet = options()
-        # Its threads are not to wait busily while the model runs.
-        quiet.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        own = _open(folder / manifest.prompt_filter.model, manifest, quiet, chosen)
-        prompt_filter = PromptFilter(folder, manifest, own)
+    prompt_filter = _prompt_filter(folder, manifest, options(), chosen)
     return Engine(folder, manifest, session, prompt_filter=prompt_filter, shared=shared)
 
 
@@ -111,7 +100,7 @@ def _prepack(manifest: Manifest, requested: bool | None) -> bool:
     return bool(manifest.config.get("prepack", manifest.task != "causal-lm"))
 
 
-def _session_options(threads: int, prepack: bool) -> ort.SessionOptions:
+def _session_options(threads: int, prepack: bool, library: str | None, shared: SharedWeights) -> ort.SessionOptions:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -121,6 +110,9 @@ def _session_options(threads: int, prepack: bool) -> ort.SessionOptions:
         # transpose becomes one with a transposed operand, which is no slower.
         options.add_session_config_entry("session.disable_prepacking", "1")
         options.add_session_config_entry("optimization.constant_folding_max_output_size_in_bytes", str(FOLDING_LIMIT))
+    if library is not None:
+        options.register_custom_ops_library(library)
+    shared.add_to(options)
     return options
 
 
@@ -147,6 +139,18 @@ def _open(path: Path, manifest: Manifest, options: ort.SessionOptions, providers
             f"{path}: onnxruntime {ort.__version__} refuses it: {error}. It was built for onnxruntime {built}, "
             f"opset {manifest.opset}. Upgrade onnxruntime, or build the engine again."
         ) from error
+
+
+def _prompt_filter(
+    folder: Path, manifest: Manifest, options: ort.SessionOptions, providers: list[str]
+) -> PromptFilter | None:
+    """The engine's filter, when it has one."""
+    if manifest.prompt_filter is None:
+        return None
+    # Its threads are not to wait busily while the model runs.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    session = _open(folder / manifest.prompt_filter.model, manifest, options, providers)
+    return PromptFilter(folder, manifest, session)
 
 
 def _check_interface(path: Path, manifest: Manifest, session: ort.InferenceSession) -> None:
@@ -256,15 +260,31 @@ class Engine:
         """Whether the engine computes only the logits that are asked for."""
         return any(port.name == NUM_LOGITS for port in self.manifest.optional_inputs)
 
-    def shortened(self, ids: Sequence[int]) -> list[int]:
+    def shortened(self, ids: Sequence[int], prefix: Prefix | None = None) -> list[int]:
         """The tokens of a prompt that the model is to read: all, or those that the engine's filter keeps.
+
+        Args:
+            ids: The prompt.
+            prefix: What it follows; the filter scores the prompt as it stands there, and keeps nothing out of it.
 
         Raises:
             UsageError: The engine was closed.
             EngineError: The filter failed while running.
         """
         prompt_filter = self._prompt_filter if self.session else None
-        return list(ids) if prompt_filter is None else prompt_filter.shortened(ids)
+        return list(ids) if prompt_filter is None else prompt_filter.shortened(ids, prefix)
+
+    def cache_layout(self) -> CacheLayout:
+        """How it carries its cache.
+
+        Raises:
+            EngineError: It has none.
+        """
+        if self.manifest.cache is None:
+            raise EngineError(
+                f"{self.folder}: carries no cache, so it cannot generate. Build it from a model exported with a cache."
+            )
+        return self.manifest.cache
 
     def new_state(self, batch: int, *, max_length: int | None = None) -> KvState:
         """An empty cache for a batch, to run the engine step by step.
@@ -276,14 +296,9 @@ class Engine:
         Raises:
             EngineError: The engine carries no cache.
         """
-        if self.manifest.cache is None:
-            raise EngineError(
-                f"{self.folder}: carries no cache, so it cannot generate. Build it from a model exported with a cache."
-            )
+        layout = self.cache_layout()
         device = "cuda" if "CUDAExecutionProvider" in self.session.get_providers() else "cpu"
-        return KvState(
-            self.session, self.manifest.cache, self.manifest.inputs, batch, max_length=max_length, device=device
-        )
+        return KvState(self.session, layout, self.manifest.inputs, batch, max_length=max_length, device=device)
 
     def embed(self, texts: Sequence[str], batch_size: int = 32, normalize: bool | None = None) -> np.ndarray:
         """One vector per text; see `effc.runtime.embed.embed`."""
@@ -303,6 +318,7 @@ class Engine:
         stream: Callable[[int, str], None] | None = None,
         chat: bool = False,
         prefill_chunk: int | None = None,
+        prefix: str | Path | Prefix | None = None,
         filter_prompt: bool = True,
     ) -> list[Generation]:
         """Continue prompts; see `effc.runtime.generate.generate`."""
@@ -319,8 +335,24 @@ class Engine:
             stream=stream,
             chat=chat,
             prefill_chunk=prefill_chunk,
+            prefix=prefix,
             filter_prompt=filter_prompt,
         )
+
+    def write_prefix(
+        self,
+        prefix: str | Sequence[int],
+        output: str | Path,
+        *,
+        chat: bool = False,
+        prefill_chunk: int | None = None,
+    ) -> dict[str, Any]:
+        """Compute the beginning of prompts once; see `effc.runtime.prefix.write_prefix`."""
+        return write_prefix(self, prefix, output, chat=chat, prefill_chunk=prefill_chunk)
+
+    def open_prefix(self, folder: str | Path, *, check: bool = True) -> Prefix:
+        """Map a prefix, to start from it several times; see `effc.runtime.prefix.open_prefix`."""
+        return open_prefix(self, folder, check=check)
 
     def close(self) -> None:
         """Release the sessions; using the engine afterwards is an error, closing it again is not."""

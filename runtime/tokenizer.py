@@ -76,6 +76,22 @@ class Tokenizer:
         """
         return list(self._tokenizer.encode(_text(text), add_special_tokens=add_special_tokens).ids)
 
+    def encode_start(self, text: str) -> list[int]:
+        """Token ids of a text that others will follow: with the special tokens before it, without those after it.
+
+        Raises:
+            UsageError: It is no text, or holds what UTF-8 cannot express.
+            EngineError: The tokenizer does more to a text than put special tokens around it.
+        """
+        whole, plain = self.encode(text), self.encode(text, add_special_tokens=False)
+        for end in range(len(plain), len(whole) + 1):
+            if whole[end - len(plain) : end] == plain:
+                return whole[:end]
+        raise EngineError(
+            f"{self._assets.path(FILE)}: changes the tokens of a text when it adds special ones, so the beginning of a "
+            "prompt cannot be told from its end. Give token ids."
+        )
+
     def encode_batch(self, texts: Sequence[str], max_length: int | None) -> list[tuple[list[int], list[int]]]:
         """Token ids and type ids of texts, each cut to `max_length` tokens, special ones included.
 

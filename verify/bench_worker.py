@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from effc.errors import EffcError
-from effc.runtime.generate import prompt_chunk
+from effc.runtime.batch import prompt_chunk
 from effc.runtime.kv_state import KvState
 from effc.runtime.limits import position_limit, text_config
 from effc.runtime.session import Engine, load

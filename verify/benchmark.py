@@ -16,7 +16,7 @@ from typing import Any
 from effc import errors
 from effc.errors import EngineError, UsageError
 from effc.runtime.bundle import Manifest, read_manifest
-from effc.runtime.limits import position_limit
+from effc.runtime.limits import token_limit
 from effc.verify.bench_worker import runs_for
 
 SETTLE = 0.2
@@ -107,7 +107,7 @@ def _check_request(
     if len(tasks) > 1:
         raise UsageError(f"the engines have the tasks {' and '.join(sorted(tasks))}. Compare engines of one task.")
     for manifest in manifests:
-        limit = position_limit(manifest.config)
+        limit = token_limit(manifest)
         if manifest.task == "causal-lm" and limit is not None and prompt_tokens + new_tokens > limit:
             raise UsageError(
                 f"prompt_tokens + new_tokens is {prompt_tokens + new_tokens}, the model takes at most {limit}. "

@@ -138,6 +138,7 @@ def array_rows(path: Path) -> Iterator[dict[str, np.ndarray]]:
                 raise InputError(f"{path}: the arrays have unequal numbers of rows ({listed}).")
             for _ in range(min(counts.values(), default=0)):
                 yield {name: column.row() for name, column in columns.items()}
+    # zipfile raises NotImplementedError for an unknown compression and RuntimeError for an encrypted member.
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
         raise InputError(f"{path}: is no .npz file or is damaged ({error}). Write it again.") from error
     except OSError as error:

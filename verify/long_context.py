@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from effc.errors import UsageError
-from effc.runtime.limits import position_limit
+from effc.runtime.limits import token_limit
 from effc.runtime.session import Engine
 from effc.verify.metrics import finite, negative_log_likelihood
 from effc.verify.steps import CHUNK
@@ -31,7 +31,7 @@ def check_lengths(what: str, lengths: Sequence[int], engine: Engine, reference: 
     """
     if engine.task != "causal-lm":
         raise UsageError(f"{engine.folder}: its task is {engine.task}; {what} measures causal-lm engines only.")
-    limits = [position_limit(one.manifest.config) for one in (engine, reference)]
+    limits = [token_limit(one.manifest) for one in (engine, reference)]
     limit = min((one for one in limits if one is not None), default=None)
     for length in lengths:
         if length < least:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import onnx_ir as ir
 
 from effc.backends.onnxruntime.static_cache import is_static_cache
-from effc.ir.analysis.cached_attention import cache_figures, cached_attention_sites, is_cached_attention
+from effc.ir.analysis.cached_attention import (
+    CachedAttentionSite,
+    cache_figures,
+    cached_attention_sites,
+    is_cached_attention,
+)
+from effc.ir.dialect.token_selection import WindowSelection
 from effc.ir.program import Program
 from effc.runtime.bundle import CacheLayout, CachePort, Port
 
@@ -26,8 +32,18 @@ def cache_layout(program: Program) -> CacheLayout | None:
     entries = [CachePort(str(past.name), str(present.name), _dtype(past), _shape(past)) for past, present in pairs]
     readers = {use.node for past, _ in pairs for use in past.uses()}
     in_place = bool(readers) and all(is_cached_attention(node) or is_static_cache(node) for node in readers)
-    layers = [cache_figures(site) for site in cached_attention_sites(program.graph)]
-    return CacheLayout("in-place" if in_place else "growing", entries, layers)
+    sites = cached_attention_sites(program.graph)
+    mode = "in-place" if in_place else "growing"
+    return CacheLayout(
+        mode, entries, [cache_figures(site) for site in sites], endless=bool(sites) and _is_endless(sites)
+    )
+
+
+def _is_endless(sites: Sequence[CachedAttentionSite]) -> bool:
+    """Whether every attention rotates its keys, and meets them at bounded distances only."""
+    selections = [site.selection for site in sites]
+    moved = all(one.positions != "keep" for one in selections if isinstance(one, WindowSelection))
+    return moved and all(site.form.rotary != "none" and site.form.window for site in sites)
 
 
 def _dtype(value: ir.Value) -> str:

@@ -7,7 +7,7 @@ import onnx_ir as ir
 
 from effc.ir.analysis.cached_attention import CachedAttentionSite, cached_attention_sites
 from effc.ir.dialect.cache_storage import StaticStorage
-from effc.ir.dialect.cached_attention import scale_values
+from effc.ir.dialect.cached_attention import constant_values
 from effc.ir.program import Program
 from effc.ir.rewrite.constants import new_constant, new_integers
 from effc.ir.rewrite.edit import insert_value, replace
@@ -93,7 +93,8 @@ class _Step:
 def _lower(site: CachedAttentionSite, step: _Step) -> None:
     node, form, storage = site.node, site.form, site.storage
     assert isinstance(storage, StaticStorage) and node.graph is not None
-    inputs = [*node.inputs[:3], *site.past, step.last, step.total, *(None,) * 3, step.bias, None, *scale_values(node)]
+    inputs = [*node.inputs[:3], *site.past, step.last, step.total, *(None,) * 3, step.bias, None]
+    inputs += constant_values(node)
     inputs += [None, None, step.new] if step.new is not None else []
     attributes: dict[str, int | float | str] = {
         "num_heads": form.heads,

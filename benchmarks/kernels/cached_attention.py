@@ -22,30 +22,17 @@ import onnxruntime as ort
 from onnx import TensorProto, helper
 
 from effc import kernels
+from effc.ir.dialect.cached_attention import NO_SELECTION, NO_STORAGE
 from effc.kernels import kv_page
 
 SIZE = 128  # of a head
 WORKING_SET = 200_000_000  # bytes of all float32 caches of a variant
-NO_STORAGE: dict[str, object] = {
+PLAIN: dict[str, object] = {
     "storage": "dense",
-    "ring": 0,
-    "sinks": 0,
-    "recent": 0,
-    "page": 0,
-    "key_scheme": "none",
-    "value_scheme": "none",
-    "key_group": 0,
-    "value_group": 0,
-    "salient": 0,
-    "importance": "none",
     "selection": "all",
-    "select_sinks": 0,
-    "select_recent": 0,
-    "select_block": 0,
-    "select_budget": 0,
-    "select_share": 0.0,
-    "dense_below": 0,
+    **{name: value for name, value in (NO_STORAGE | NO_SELECTION).items() if value != ()},
 }
+"""Attributes of a dense cache of which everything is read; onnx refuses empty lists, which may be absent."""
 
 
 @dataclass(frozen=True)
@@ -247,7 +234,7 @@ def cached_node_runner(
         outputs.append(value(f"present_{name}", types[array.dtype], array.shape))
     form = {"heads": case.heads, "kv_heads": case.kv_heads, "head_size": SIZE, "value_size": SIZE}
     scores = {"scale": SIZE**-0.5, "softcap": 0.0, "causal": 1, "window": 0, "rotary": "none", "rotary_size": 0}
-    attributes = NO_STORAGE | form | scores | variant.attributes
+    attributes = PLAIN | form | scores | variant.attributes
     for i in range(count):
         own = [name for name in caches if name[1:] == str(i)]
         names = ["query", "key", "value", "valid", "", "", "", *(f"past_{name}" for name in own)]

@@ -3,8 +3,8 @@
 Run: `python benchmarks/kernels/selections.py [--threads 2] [--rounds 9] [--heads 32/8] [--tokens 32768] [--budget 2048]
 [--storages fp32 bf16 int8 int4]`
 
-One new token over a full cache, in equal nodes that overflow the caches of the processor together. The variants take turns in one
-process. Bytes are those that a step needs: bounds of all blocks, keys and values of those that are read.
+One new token over a full cache, in equal nodes that together overflow the caches of the processor. The variants take
+turns in one process. Bytes are those that a step needs: bounds of all blocks, keys and values of those that are read.
 """
 
 from __future__ import annotations
@@ -34,14 +34,19 @@ def selected(variant: Variant, budget: int) -> Variant:
     return replace(variant, attributes=variant.attributes | attributes | {"select_budget": budget})
 
 
+def first_node(caches: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The caches of one node out of those of several."""
+    return {name: array for name, array in caches.items() if name[1:] == "0"}
+
+
 def caches_of(case: Case, variant: Variant) -> dict[str, np.ndarray]:
     """Random caches of one node, with bounds where they are tensors."""
     if "page" in variant.attributes:
-        caches = paged_caches(case, variant)
+        caches = first_node(paged_caches(case, variant))
         distinct = np.random.default_rng(2).permuted(np.arange(caches["p0"].shape[2]) % 2 == 0)
         caches["p0"][:, :, distinct, 64:] ^= 1  # pages that are not all alike
         return caches
-    caches = dense_caches(case, DTYPES[variant.type])
+    caches = first_node(dense_caches(case, DTYPES[variant.type]))
     if "selection" in variant.attributes:
         keys = caches["k0"][:, :, SINKS : SINKS + (case.total - SINKS) // BLOCK * BLOCK].astype(np.float32)
         parts = keys.reshape(1, case.kv_heads, -1, BLOCK, SIZE)

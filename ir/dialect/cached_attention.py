@@ -16,7 +16,7 @@ from onnx_ir.tape import Tape
 from effc.errors import InputError
 from effc.ir.dialect.base import DOMAIN, DialectOp
 from effc.ir.dialect.cache_storage import DenseStorage, HeadSizes, PageStorage, StateTensor, StaticStorage, Storage
-from effc.ir.dialect.token_selection import AllTokens, PageSelection, TokenSelection
+from effc.ir.dialect.token_selection import AllTokens, PageSelection, TokenSelection, WindowSelection
 
 INT, FLOAT, STRING, INTS = (getattr(ir.AttributeType, name) for name in ("INT", "FLOAT", "STRING", "INTS"))
 OPERANDS = ("query", "key", "value", "valid", "bias", "cos", "sin")
@@ -37,13 +37,14 @@ NO_STORAGE: dict[str, int | str | tuple[int, ...]] = {
     "importance": "none",
 }
 """Attributes of storages, as a storage without them has them."""
-NO_SELECTION: dict[str, int | float] = {
+NO_SELECTION: dict[str, int | float | str] = {
     "select_sinks": 0,
     "select_recent": 0,
     "select_block": 0,
     "select_budget": 0,
     "select_share": 0.0,
     "dense_below": 0,
+    "select_positions": "none",
 }
 """Attributes of selections, as those without them have them."""
 
@@ -114,7 +115,7 @@ class CachedAttention(DialectOp):
         "storage": STRING,
         **{name: {int: INT, str: STRING, tuple: INTS}[type(value)] for name, value in NO_STORAGE.items()},
         "selection": STRING,
-        **{name: {int: INT, float: FLOAT}[type(value)] for name, value in NO_SELECTION.items()},
+        **{name: {int: INT, float: FLOAT, str: STRING}[type(value)] for name, value in NO_SELECTION.items()},
     }
 
     def check(self, node: ir.Node) -> None:
@@ -122,8 +123,8 @@ class CachedAttention(DialectOp):
         super().check(node)
         try:
             form, storage, selection = attention_form(node), cache_storage(node), token_selection(node)
-            _check_operands(node, form, storage, selection)
             _check_selection(node, form, storage, selection)
+            _check_operands(node, form, storage, selection)
         except InputError as error:
             raise InputError(f"node {node.name!r}: CachedAttention: {error}.") from error
 
@@ -148,10 +149,13 @@ class CachedAttention(DialectOp):
         """Join past and new tokens, attend with a mask, keep what the storage keeps."""
         from effc.ir.dialect.cached_attention_body import DenseBody, StaticBody
         from effc.ir.dialect.selected_attention_body import SelectedBody
+        from effc.ir.dialect.window_attention_body import WindowBody
 
         form, storage, selection = attention_form(node), cache_storage(node), token_selection(node)
         if isinstance(storage, DenseStorage) and isinstance(selection, PageSelection):
             return SelectedBody(node, tape, form, storage, selection).record()
+        if isinstance(storage, DenseStorage) and isinstance(selection, WindowSelection):
+            return WindowBody(node, tape, form, storage, selection).record()
         if isinstance(storage, DenseStorage):
             return DenseBody(node, tape, form, storage).record()
         if isinstance(storage, StaticStorage):
@@ -174,7 +178,7 @@ def cached_attention(
     selection: TokenSelection = AllTokens(),  # noqa: B008 - frozen
     bias: ir.Value | None = None,
     tables: tuple[ir.Value, ir.Value] | None = None,
-    scales: Sequence[ir.Value] = (),
+    constants: Sequence[ir.Value] = (),
     name: str | None = None,
 ) -> ir.Node:
     """A new `CachedAttention` node, its outputs typed.
@@ -187,13 +191,14 @@ def cached_attention(
         selection: Which of them it reads.
         bias: Added to the scaled scores.
         tables: Cosines and sines of the new tokens, with rotary.
-        scales: Of keys and values, with storage `static`.
+        constants: Behind the cache: scales of keys and values with storage `static`, cosines and sines of far queries
+            with a selection `window` that moves sinks.
         name: Of the node.
 
     Raises:
         InputError: They do not fit each other.
     """
-    inputs = [*operands, bias, *(tables or (None, None)), *past, *scales]
+    inputs = [*operands, bias, *(tables or (None, None)), *past, *constants]
     attributes = _attributes(form, storage, selection)
     node = ir.Node(DOMAIN, "CachedAttention", inputs, attributes, num_outputs=1 + len(past), name=name)
     OP.infer(node)
@@ -250,8 +255,11 @@ def token_selection(node: ir.Node) -> TokenSelection:
     of, kind = node.attributes, node.attributes["selection"].as_string()
     if kind == AllTokens.kind:
         return AllTokens()
+    if kind == WindowSelection.kind:
+        return WindowSelection(of["select_sinks"].as_int(), of["select_positions"].as_string())
     if kind != PageSelection.kind:
-        raise InputError(f"selection is {kind!r}, it must be one of {AllTokens.kind}, {PageSelection.kind}")
+        kinds = ", ".join(one.kind for one in (AllTokens, PageSelection, WindowSelection))
+        raise InputError(f"selection is {kind!r}, it must be one of {kinds}")
     integers = {name: of[f"select_{name}"].as_int() for name in ("sinks", "recent", "block", "budget")}
     return PageSelection(**integers, share=of["select_share"].as_float(), dense_below=of["dense_below"].as_int())
 
@@ -267,8 +275,8 @@ def past_values(node: ir.Node) -> list[ir.Value]:
     return [value for value in node.inputs[first : first + len(node.outputs) - 1] if value is not None]
 
 
-def scale_values(node: ir.Node) -> list[ir.Value]:
-    """The scales of keys and values of a node with storage `static`; empty for other storages."""
+def constant_values(node: ir.Node) -> list[ir.Value]:
+    """The inputs behind the cache: scales of keys and values of a storage `static`, or the angles of far queries."""
     return [value for value in node.inputs[len(OPERANDS) + len(node.outputs) - 1 :] if value is not None]
 
 
@@ -320,16 +328,9 @@ def _size(axis: int | str, batch: ir.SymbolicDim | int, total: ir.SymbolicDim | 
 def _check_selection(node: ir.Node, form: AttentionForm, storage: Storage, selection: TokenSelection) -> None:
     if isinstance(selection, AllTokens):
         return
-    reason = selection_reason(form, storage, selection) or ("it has a bias" if node.inputs[4] is not None else "")
+    reason = selection.reason_against(form, storage) or ("it has a bias" if node.inputs[4] is not None else "")
     if reason:
         raise InputError(f"selection={selection.kind}: {reason}")
-
-
-def selection_reason(form: AttentionForm, storage: Storage, selection: TokenSelection) -> str:
-    """Why an attention without a bias cannot have a selection; empty when it can."""
-    if form.window:
-        return f"its window of {form.window} tokens bounds what it reads"
-    return "its scale is negative" if form.scale < 0 else selection.reason_against(storage)
 
 
 def _check_operands(node: ir.Node, form: AttentionForm, storage: Storage, selection: TokenSelection) -> None:
@@ -354,15 +355,23 @@ def _check_operands(node: ir.Node, form: AttentionForm, storage: Storage, select
         if value.dtype is not None and value.dtype != tensor.dtype:
             raise InputError(f"{tensor.name} is {value.dtype.name}, it must be {tensor.dtype.name}")
         _check_axes(tensor.name, value, tensor.shape)
-    _check_scales(scale_values(node), form, storage)
+    _check_constants(constant_values(node), form, storage, selection)
 
 
-def _check_scales(scales: Sequence[ir.Value], form: AttentionForm, storage: Storage) -> None:
-    wanted = (form.head_size, form.value_size) if isinstance(storage, StaticStorage) else ()
-    if len(scales) != len(wanted):
-        raise InputError(f"storage={storage.kind} has {len(wanted)} scales after its cache, there are {len(scales)}")
-    for name, value, size in zip(("key scale", "value scale"), scales, wanted):
-        _check_axes(name, value, (1, form.kv_heads, 1, size))
+def _check_constants(
+    constants: Sequence[ir.Value], form: AttentionForm, storage: Storage, selection: TokenSelection
+) -> None:
+    wanted: dict[str, tuple[int | str, ...]] = {}
+    if isinstance(storage, StaticStorage):
+        sizes = {"key scale": form.head_size, "value scale": form.value_size}
+        wanted = {name: (1, form.kv_heads, 1, size) for name, size in sizes.items()}
+    if isinstance(selection, WindowSelection) and selection.positions != "keep":
+        wanted = dict.fromkeys(("far cos", "far sin"), ("batch", 1, form.rotary_size // 2))
+    if len(constants) != len(wanted):
+        kinds = f"storage={storage.kind} with selection={selection.kind}"
+        raise InputError(f"{kinds} has {len(wanted)} inputs behind its cache, there are {len(constants)}")
+    for value, (name, axes) in zip(constants, wanted.items(), strict=True):
+        _check_axes(name, value, axes)
 
 
 def _check_axes(name: str, value: ir.Value | None, expected: Sequence[int | str]) -> None:

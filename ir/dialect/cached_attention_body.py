@@ -7,7 +7,7 @@ import onnx_ir as ir
 from onnx_ir.tape import Tape
 
 from effc.ir.dialect.cache_storage import DenseStorage, StaticStorage
-from effc.ir.dialect.cached_attention import AttentionForm, past_values, scale_values
+from effc.ir.dialect.cached_attention import AttentionForm, constant_values, past_values
 
 
 class DenseBody:
@@ -58,6 +58,9 @@ class DenseBody:
 
     def _integers(self, *numbers: int) -> ir.Value:
         return self._constant(np.array(numbers, np.int64))
+
+    def _number(self, number: float, dtype: type = np.float32) -> ir.Value:
+        return self._constant(np.array(number, dtype))
 
     def _by_heads(self, value: ir.Value | None, heads: int, size: int) -> ir.Value:
         split = self._op("Reshape", value, self._integers(0, 0, heads, size))
@@ -139,16 +142,13 @@ class StaticBody(DenseBody):
     def _cache(self, keys: ir.Value, values: ir.Value) -> tuple[list[ir.Value], list[ir.Value]]:
         joined, present = [], []
         sizes = (self.form.head_size, self.form.value_size)
-        old, scales = past_values(self.node), scale_values(self.node)
+        old, scales = past_values(self.node), constant_values(self.node)
         for codes, new, scale, size in zip(old, (keys, values), scales, sizes, strict=True):
             stored = self._encoded(new, scale, size)
             cached = self._op("Slice", codes, self._integers(0), self.past, self._integers(2))
             joined.append(self._decoded(self._op("Concat", cached, stored, axis=2), scale, size))
             present.append(self._present(codes, stored))
         return joined, present
-
-    def _number(self, number: float, dtype: type) -> ir.Value:
-        return self._constant(np.array(number, dtype))
 
     def _encoded(self, value: ir.Value, scale: ir.Value, size: int) -> ir.Value:
         low, high = -(2 ** (self.bits - 1)), 2 ** (self.bits - 1) - 1

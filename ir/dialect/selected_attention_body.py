@@ -34,9 +34,6 @@ class SelectedBody(DenseBody):
         present = [self._present(old, new) for old, new in zip(pairs, stored, strict=True)]
         return joined, [*present, self._present_bounds(present[0], bounds)]
 
-    def _number(self, number: float) -> ir.Value:
-        return self._constant(np.array(number, np.float32))
-
     def _full_blocks(self, tokens: ir.Value, others: int) -> ir.Value:
         rest = self._op("Max", self._op("Sub", tokens, self._integers(others)), self._integers(0))
         return self._op("Div", rest, self._integers(self.selection.block))
@@ -45,7 +42,7 @@ class SelectedBody(DenseBody):
         return self._slots(self._integers(0), count)
 
     def _present_bounds(self, keys: ir.Value, past: ir.Value) -> ir.Value:
-        """Least and largest elements of every full block, 0 of the others."""
+        """The bounds of full blocks: as they were, or of the keys; 0 of other blocks."""
         block, heads, size = self.selection.block, self.form.kv_heads, self.form.head_size
         needed = self._op("Div", self.total, self._integers(block))
         count = self._op("Max", needed, self._op("Shape", past, start=2, end=3))
@@ -60,10 +57,19 @@ class SelectedBody(DenseBody):
         parts = self._op("Concat", self._integers(0, 0), count, self._integers(block, size), axis=0)
         split = self._op("Reshape", floats, parts)
         both = [self._op(name, split, self._integers(3), keepdims=0) for name in ("ReduceMin", "ReduceMax")]
-        full = self._full_blocks(self._op("Sub", self.total, self.start), self.selection.sinks)
-        known = self._op("Unsqueeze", self._op("Less", self._range(count), full), self._integers(1, 3))
-        bounds = self._op("Where", known, self._op("Concat", *both, axis=3), self._number(0))
-        return self._op("Cast", bounds, to=int(self.storage.dtype))
+        old, full = (
+            self._op("Unsqueeze", self._op("Less", self._range(count), blocks), self._integers(1, 3))
+            for blocks in (
+                self._full_blocks(self.before, self.selection.sinks),
+                self._full_blocks(self._op("Sub", self.total, self.start), self.selection.sinks),
+            )
+        )
+        floats = self._op("Cast", past, to=int(ir.DataType.FLOAT))
+        room = self._op("Sub", count, self._op("Shape", past, start=2, end=3))
+        pads = self._op("Concat", self._integers(*[0] * 6), room, self._integers(0), axis=0)
+        made = self._op("Where", full, self._op("Concat", *both, axis=3), self._number(0))
+        kept = self._op("Where", old, self._op("Pad", floats, pads), made)
+        return self._op("Cast", kept, to=int(self.storage.dtype))
 
     def _mask(self) -> ir.Value:
         """What `DenseBody` sees and, in a step of one token, the selection reads."""

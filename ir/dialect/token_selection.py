@@ -8,15 +8,21 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
 from effc.errors import InputError
 from effc.ir.dialect.cache_storage import BATCH, PAST, DenseStorage, HeadSizes, PageStorage, StateTensor, Storage
 
+if TYPE_CHECKING:
+    from effc.ir.dialect.cached_attention import AttentionForm
+
 MOST_BLOCK = 256
 """Tokens of a block."""
+MOST_SINKS = 128
+"""Of selection `window`."""
+POSITIONS = ("keep", "compact", "cap")
 
 
 class TokenSelection(ABC):
@@ -29,7 +35,7 @@ class TokenSelection(ABC):
     kind: ClassVar[str]
 
     @abstractmethod
-    def attributes(self) -> dict[str, int | float]:
+    def attributes(self) -> dict[str, int | float | str]:
         """The attributes that are not those of no selection."""
 
     @abstractmethod
@@ -37,8 +43,8 @@ class TokenSelection(ABC):
         """What it carries from step to step, after the tensors of the storage."""
 
     @abstractmethod
-    def reason_against(self, storage: Storage) -> str:
-        """Why it cannot read a storage; empty when it can."""
+    def reason_against(self, form: AttentionForm, storage: Storage) -> str:
+        """Why an attention without a bias cannot have it; empty when it can."""
 
     @abstractmethod
     def read_at(self, tokens: int) -> int:
@@ -51,7 +57,7 @@ class AllTokens(TokenSelection):
 
     kind: ClassVar[str] = "all"
 
-    def attributes(self) -> dict[str, int | float]:
+    def attributes(self) -> dict[str, int | float | str]:
         """None."""
         return {}
 
@@ -59,7 +65,7 @@ class AllTokens(TokenSelection):
         """None."""
         return ()
 
-    def reason_against(self, storage: Storage) -> str:
+    def reason_against(self, form: AttentionForm, storage: Storage) -> str:
         """There is none."""
         return ""
 
@@ -82,7 +88,7 @@ class PageSelection(TokenSelection):
         block: Tokens of a block.
         budget: Tokens in blocks that are read, at least.
         share: Share of the blocks that are read, at least; float32.
-        dense_below: Up to this many cached tokens everything is read.
+        dense_below: With fewer cached tokens than this, everything is read.
 
     Raises:
         InputError: A value that the op does not have.
@@ -102,7 +108,7 @@ class PageSelection(TokenSelection):
         _require(1 <= self.block <= MOST_BLOCK, f"block is {self.block}, it must be from 1 to {MOST_BLOCK}")
         _require(0 <= self.share <= 1, f"share is {self.share}, it must be from 0 to 1")
 
-    def attributes(self) -> dict[str, int | float]:
+    def attributes(self) -> dict[str, int | float | str]:
         """All of this selection."""
         return {
             "select_sinks": self.sinks,
@@ -120,8 +126,15 @@ class PageSelection(TokenSelection):
         blocks = f"{PAST} // {self.block}"
         return (StateTensor("bounds", storage.dtype, (BATCH, sizes.kv_heads, blocks, 2 * sizes.head_size)),)
 
-    def reason_against(self, storage: Storage) -> str:
-        """Pages must have bounds, and be the blocks."""
+    def reason_against(self, form: AttentionForm, storage: Storage) -> str:
+        """No window; pages must have bounds, and be the blocks."""
+        if form.window:
+            return f"its window of {form.window} tokens bounds what it reads"
+        if form.scale < 0:
+            return "its scale is negative"
+        return self._reason_against_storage(storage)
+
+    def _reason_against_storage(self, storage: Storage) -> str:
         if isinstance(storage, DenseStorage):
             return "its cache is a ring" if storage.ring else ""
         if not isinstance(storage, PageStorage):
@@ -145,6 +158,65 @@ class PageSelection(TokenSelection):
     def wanted(self, blocks: int) -> int:
         """Blocks that are read of so many."""
         return max(1, self.budget // self.block, math.ceil(float(np.float32(self.share)) * blocks))
+
+
+@dataclass(frozen=True)
+class WindowSelection(TokenSelection):
+    """The window of the attention and, beyond it, the first tokens.
+
+    StreamingLLM (Xiao et al. 2023, arXiv 2309.17453) keeps the first tokens and renumbers all that is kept; LM-Infinite
+    (Han et al. 2023, arXiv 2308.16137, section 4) reads them at a bounded distance.
+
+    Attributes:
+        sinks: Tokens at the start that are read beyond the window.
+        positions: Their distance from a query that reads them so: `keep`: what it is; `compact`: as if they came right
+            before the window; `cap`: the length of the window for all of them.
+
+    Raises:
+        InputError: A value that the op does not have.
+    """
+
+    kind: ClassVar[str] = "window"
+    sinks: int = 4
+    positions: str = "compact"
+
+    def __post_init__(self) -> None:
+        _require(1 <= self.sinks <= MOST_SINKS, f"sinks is {self.sinks}, it must be from 1 to {MOST_SINKS}")
+        text = ", ".join(POSITIONS)
+        _require(self.positions in POSITIONS, f"positions is {self.positions!r}, it must be one of {text}")
+
+    def attributes(self) -> dict[str, int | float | str]:
+        """All of this selection."""
+        return {"select_sinks": self.sinks, "select_positions": self.positions}
+
+    def tensors(self, storage: Storage, sizes: HeadSizes) -> tuple[StateTensor, ...]:
+        """`sink_key` and `sink_value`."""
+        assert isinstance(storage, DenseStorage)
+        return tuple(
+            StateTensor(name, storage.dtype, (BATCH, sizes.kv_heads, self.sinks, size))
+            for name, size in (("sink_key", sizes.head_size), ("sink_value", sizes.value_size))
+        )
+
+    def reason_against(self, form: AttentionForm, storage: Storage) -> str:
+        """A causal window in a ring, rotated by the op where sinks move."""
+        if not isinstance(storage, DenseStorage):
+            return f"its cache has storage={storage.kind}, which keeps every token; sinks and window are a dense ring"
+        if not form.causal:
+            return "it is not causal"
+        if self.positions != "keep" and form.rotary == "none":
+            return (
+                "it does not rotate its keys itself, so its sinks cannot move; put cached-attention{rotary=inside} "
+                "before, or take positions=keep"
+            )
+        return "" if storage.ring else "its cache is no ring"
+
+    def read_at(self, tokens: int) -> int:
+        """The sinks at most, besides what the window bounds."""
+        return min(tokens, self.sinks)
+
+    def far_position(self, window: int) -> int | None:
+        """Position of queries as they meet the sinks, and that of sinks is theirs or, capped, 0; None: their own."""
+        return {"keep": None, "compact": self.sinks + window - 1, "cap": window}[self.positions]
 
 
 def _require(holds: bool, problem: str) -> None:

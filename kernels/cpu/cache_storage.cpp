@@ -2,8 +2,10 @@
 
 #include <cmath>
 
+#include "cpu/bounded_cache.h"
 #include "cpu/dense_cache.h"
 #include "cpu/page_cache.h"
+#include "cpu/sink_cache.h"
 
 namespace effc {
 namespace {
@@ -87,9 +89,19 @@ PageCacheSpec ReadPages(const Attributes& attributes, const AttentionForm& form)
 
 SelectionSpec ReadSelection(const Attributes& attributes, const AttentionForm& form) {
   SelectionSpec spec;
-  spec.kind = OneOf<SelectionKind>(
-      attributes, "selection", {{"all", SelectionKind::kAll}, {"pages", SelectionKind::kPages}});
-  if (!spec.selects()) return spec;
+  spec.kind = OneOf<SelectionKind>(attributes, "selection",
+                                   {{"all", SelectionKind::kAll},
+                                    {"pages", SelectionKind::kPages},
+                                    {"window", SelectionKind::kWindow}});
+  if (spec.kind == SelectionKind::kAll) return spec;
+  if (spec.kind == SelectionKind::kWindow) {
+    spec.sinks = Between(attributes, "select_sinks", 1, kBlockTokens);
+    spec.positions = OneOf<FarPositions>(attributes, "select_positions",
+                                         {{"keep", FarPositions::kKeep},
+                                          {"compact", FarPositions::kCompact},
+                                          {"cap", FarPositions::kCap}});
+    return spec;
+  }
   spec.sinks = Between(attributes, "select_sinks", 0, kLargestSize);
   spec.recent = Between(attributes, "select_recent", 0, kLargestSize);
   spec.block = Between(attributes, "select_block", 1, kMaxPage);
@@ -103,6 +115,17 @@ SelectionSpec ReadSelection(const Attributes& attributes, const AttentionForm& f
   if (form.window > 0) throw Error("a selection takes no window");
   if (form.scale < 0) throw Error("a selection takes no negative scale");
   return spec;
+}
+
+std::unique_ptr<CacheStorage> ReadDense(const AttentionForm& form, int64_t ring,
+                                        const SelectionSpec& selection) {
+  if (selection.kind == SelectionKind::kWindow) {
+    return std::make_unique<SinkStorage>(form, ring, selection);
+  }
+  if (selection.kind == SelectionKind::kPages) {
+    return std::make_unique<BoundedStorage>(form, selection);
+  }
+  return std::make_unique<DenseStorage>(form, ring);
 }
 
 }  // namespace
@@ -143,7 +166,7 @@ std::unique_ptr<CacheStorage> ReadStorage(const Attributes& attributes, const At
                   "; a ring must hold the window, which is " + std::to_string(form.window) +
                   (form.window == 0 ? " (none)" : ""));
     }
-    return std::make_unique<DenseStorage>(form, ring, selection);
+    return ReadDense(form, ring, selection);
   }
   if (storage == "pages") {
     return std::make_unique<PageStorage>(form, ReadPages(attributes, form), selection);

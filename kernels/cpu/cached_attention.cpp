@@ -6,6 +6,7 @@
 #include <limits>
 #include <string>
 
+#include "cpu/far_sinks.h"
 #include "cpu/selection.h"
 #include "cpu/token_store.h"
 
@@ -29,6 +30,7 @@ struct Task {
   int64_t to;
   int64_t part;  // of the parts that few query rows are split into, or -1
   bool chosen;
+  bool first;  // of its queries
 };
 
 // The parts of one row and key head, in order.
@@ -44,14 +46,14 @@ struct Joint {
 class Attention {
  public:
   Attention(const Kernels& kernels, const AttentionForm& form, const AttentionOperands& operands,
-            const NewTokens& tokens, const TokenStore& store, const ChosenSlots& chosen, float* y,
+            const NewTokens& tokens, const TokenStore& store, const Reads& reads, float* y,
             Normaliser* normalisers)
       : pieces_(*kernels.attention),
         form_(form),
         operands_(operands),
         tokens_(tokens),
         store_(store),
-        chosen_(chosen),
+        reads_(reads),
         reader_(kernels, form, store),
         group_(form.group()),
         sum_stride_(PaddedRow(form.value_size)),
@@ -81,7 +83,7 @@ class Attention {
     if (start == operands_.total || first == seq) return;
     const int64_t own = std::min(seq, operands_.total - start);
     for (int64_t head = 0; head < form_.kv_heads; ++head) {
-      if (chosen_.Selects(row)) {
+      if (reads_.chosen != nullptr && reads_.chosen->Selects(row)) {
         PlanChosen(row, head);
       } else if (own * group_ <= kFewQueryRows) {
         PlanParts(row, head, first);
@@ -100,7 +102,7 @@ class Attention {
     while (from < end) {
       int64_t to = from;
       while (to < end && to - from < kPartTokens) to = store_.BlockEnd(row, to, end);
-      tasks_.push_back({row, head, first, seq, from, to, part_rows_, false});
+      tasks_.push_back({row, head, first, seq, from, to, part_rows_, false, joint.parts == 0});
       part_rows_ += (seq - first) * group_;
       ++joint.parts;
       from = to;
@@ -117,7 +119,7 @@ class Attention {
       const int64_t begin = std::max(first, end - step);
       const int64_t from = Visible(form_, operands_, start, begin).begin;
       const int64_t to = Visible(form_, operands_, start, end - 1).end;
-      tasks_.push_back({row, head, begin, end, store_.BlockBegin(row, from), to, -1, false});
+      tasks_.push_back({row, head, begin, end, store_.BlockBegin(row, from), to, -1, false, true});
     }
   }
 
@@ -129,13 +131,13 @@ class Attention {
     const auto close = [&] {
       const auto to = static_cast<int64_t>(slots_.size());
       if (to == from) return;
-      tasks_.push_back({row, head, 0, seq, from, to, part_rows_, true});
+      tasks_.push_back({row, head, 0, seq, from, to, part_rows_, true, false});
       part_rows_ += seq * group_;
       ++joint.parts;
       from = to;
       tokens = 0;
     };
-    for (const SlotRun& run : chosen_.Runs(row, head)) {
+    for (const SlotRun& run : reads_.chosen->Runs(row, head)) {
       for (int64_t begin = run.begin; begin < run.end; begin = slots_.back().end) {
         slots_.push_back({begin, store_.BlockEnd(row, begin, run.end)});
         tokens += slots_.back().end - begin;
@@ -157,12 +159,14 @@ class Attention {
     if (task.part >= 0) {
       float* const sums = sums_.data() + task.part * sum_stride_;
       OpenRows(task, rows_.data() + task.part, sums);
+      ReadSinks(task, m, rows_.data() + task.part, sums);
       if (task.chosen) return ReadChosen(task, m, rows_.data() + task.part, sums);
       return ReadRows(task, m, rows_.data() + task.part, sums);
     }
     std::vector<QueryRow> rows(m);
     float* const sums = ThreadFloats(kSums, m * sum_stride_);
     OpenRows(task, rows.data(), sums);
+    ReadSinks(task, m, rows.data(), sums);
     ReadTiles(task, m, rows.data(), sums);
     for (int64_t i = 0; i < m; ++i) {
       Finish(task.row, task.head, task.begin + i / group_, i % group_, &rows[i], 0,
@@ -199,7 +203,35 @@ class Attention {
       const bool ordered = NeedsOrder(slots, rows, m);
       reader_.Scores(block, queries, m, ordered, scores);
       pieces_.absorb(rows, m, slots, scores, kScoreStride, sums, sum_stride_, form_.value_size);
-      reader_.Values(block, scores, m, ordered, sums);
+      const bool last = block.end == task.to;
+      const BlockPlace next{task.row, task.head, last ? block.begin : block.end,
+                            last ? block.end : store_.BlockEnd(task.row, block.end, task.to)};
+      reader_.Values(block, scores, m, ordered, sums, next);
+    }
+  }
+
+  // The sinks that lie before the windows of the queries.
+  void ReadSinks(const Task& task, int64_t m, QueryRow* rows, float* sums) const {
+    const FarSinks* const sinks = reads_.sinks;
+    if (sinks == nullptr || !task.first || sinks->Count(task.row, task.end - 1) == 0) return;
+    std::vector<QueryRow> far(rows, rows + m);
+    for (int64_t i = 0; i < m; ++i) {
+      far[i].begin = 0;
+      far[i].end = sinks->Count(task.row, task.begin + i / group_);
+    }
+    const int64_t count = far[m - 1].end;
+    const int64_t d = form_.head_size;
+    float* const scores = ThreadFloats(kScores, m * kScoreStride);
+    pieces_.scores(sinks->Queries(task.row, task.head, task.begin, task.end), PaddedRow(d), m,
+                   sinks->Keys(task.row, task.head), count, d, scores, kScoreStride, 0);
+    SlotBlock block = Slots(task.row, tokens_.Start(task.row), tokens_.Start(task.row) + count);
+    block.begin = 0;
+    pieces_.absorb(far.data(), m, block, scores, kScoreStride, sums, sum_stride_, form_.value_size);
+    pieces_.values(scores, kScoreStride, m, sinks->Values(task.row, task.head), count,
+                   form_.value_size, sums, sum_stride_, 0);
+    for (int64_t i = 0; i < m; ++i) {
+      rows[i].max = far[i].max;
+      rows[i].sum = far[i].sum;
     }
   }
 
@@ -221,16 +253,19 @@ class Attention {
       }
       const bool all = std::memchr(valid.data(), 0, count) == nullptr;
       for (int64_t i = from, at = 0; i < to; at += Length(i++)) {
-        reader_.Scores({task.row, task.head, slots_[i].begin, slots_[i].end}, queries, m, !all,
-                       scores + at);
+        reader_.Scores(Piece(task, i), queries, m, !all, scores + at);
       }
       const SlotBlock block{0, count, all ? nullptr : valid.data(), form_.scale, form_.softcap};
       pieces_.absorb(rows, m, block, scores, kScoreStride, sums, sum_stride_, form_.value_size);
       for (int64_t i = from, at = 0; i < to; at += Length(i++)) {
-        reader_.Values({task.row, task.head, slots_[i].begin, slots_[i].end}, scores + at, m, !all,
-                       sums);
+        reader_.Values(Piece(task, i), scores + at, m, !all, sums,
+                       Piece(task, std::min(i + to - from, task.to - 1)));
       }
     }
+  }
+
+  BlockPlace Piece(const Task& task, int64_t i) const {
+    return {task.row, task.head, slots_[i].begin, slots_[i].end};
   }
 
   int64_t Length(int64_t slots) const { return slots_[slots].end - slots_[slots].begin; }
@@ -301,7 +336,7 @@ class Attention {
   const AttentionOperands& operands_;
   const NewTokens& tokens_;
   const TokenStore& store_;
-  const ChosenSlots& chosen_;
+  const Reads& reads_;
   const BlockReader reader_;
   const int64_t group_;
   const int64_t sum_stride_;
@@ -325,9 +360,9 @@ VisibleSlots Visible(const AttentionForm& form, const AttentionOperands& operand
 }
 
 void Attend(const Kernels& kernels, const AttentionForm& form, const AttentionOperands& operands,
-            const NewTokens& tokens, const TokenStore& store, const ChosenSlots& chosen,
+            const NewTokens& tokens, const TokenStore& store, const Reads& reads,
             const ParallelFunction& parallel, float* y, Normaliser* normalisers) {
-  Attention(kernels, form, operands, tokens, store, chosen, y, normalisers).Run(parallel);
+  Attention(kernels, form, operands, tokens, store, reads, y, normalisers).Run(parallel);
 }
 
 }  // namespace effc

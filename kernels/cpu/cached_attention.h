@@ -44,6 +44,9 @@ struct AttentionOperands {
   const float* cosine = nullptr;  // [angle_batch, S, R / 2] with rotary
   const float* sine = nullptr;
   int64_t angle_batch = 1;
+  const float* far_cosine = nullptr;  // [far_batch, R / 2]: queries of far sinks
+  const float* far_sine = nullptr;
+  int64_t far_batch = 1;
 
   int64_t past() const { return total - seq; }
 };
@@ -62,8 +65,20 @@ using RangeFunction = std::function<void(int64_t, int64_t)>;
 using ParallelFunction = std::function<void(int64_t count, int64_t grain, const RangeFunction& fn)>;
 
 // Memory of a thread that lives as long as it, one for each use.
-enum ThreadBuffer { kScores, kSums, kPanels, kValueRows, kPageRows, kPageScratch, kPageQueries };
+enum ThreadBuffer {
+  kScores,
+  kSums,
+  kPanels,
+  kValueRows,
+  kPageRows,
+  kPageScratch,
+  kPageQueries,
+  kFarQueries
+};
 float* ThreadFloats(ThreadBuffer use, int64_t floats);
+
+// Rotates a row of D floats by R / 2 angles.
+void RotateRow(const AttentionForm& form, const float* cosine, const float* sine, float* x);
 
 // The new tokens as attention reads them, and where each row begins.
 class NewTokens {
@@ -119,11 +134,18 @@ struct Normaliser {
 };
 
 class ChosenSlots;
+class FarSinks;
 
-// Computes y [B, S, H * E] from the slots that were chosen, and the normalisers [B, K, S, G] unless
-// null. Throws Error when a result is not finite.
+// Where a step does not read just the slots it sees: what it reads instead, and what besides.
+struct Reads {
+  const ChosenSlots* chosen = nullptr;
+  const FarSinks* sinks = nullptr;
+};
+
+// Computes y [B, S, H * E], and the normalisers [B, K, S, G] unless null. Throws Error when a
+// result is not finite.
 void Attend(const Kernels& kernels, const AttentionForm& form, const AttentionOperands& operands,
-            const NewTokens& tokens, const TokenStore& store, const ChosenSlots& chosen,
+            const NewTokens& tokens, const TokenStore& store, const Reads& reads,
             const ParallelFunction& parallel, float* y, Normaliser* normalisers = nullptr);
 
 }  // namespace effc

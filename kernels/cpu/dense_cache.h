@@ -2,14 +2,12 @@
 #pragma once
 
 #include "cpu/cache_storage.h"
-#include "cpu/selection.h"
 
 namespace effc {
 
 class DenseStorage : public CacheStorage {
  public:
-  DenseStorage(const AttentionForm& form, int64_t ring, const SelectionSpec& selection)
-      : form_(form), ring_(ring), selection_(selection) {}
+  DenseStorage(const AttentionForm& form, int64_t ring) : form_(form), ring_(ring) {}
 
   std::vector<CacheTensorForm> Tensors(int64_t batch) const override;
   void CheckPast(const std::vector<CacheTensor>& past, int64_t tokens) const override;
@@ -19,10 +17,9 @@ class DenseStorage : public CacheStorage {
             const std::vector<CacheTensor>& past, const std::vector<CacheTensor>& present,
             const ParallelFunction& parallel, float* y) const override;
 
- private:
+ protected:
   AttentionForm form_;
   int64_t ring_;
-  SelectionSpec selection_;
 };
 
 }  // namespace effc

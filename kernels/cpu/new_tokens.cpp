@@ -37,10 +37,23 @@ void RefuseNotFinite(const char* what, const float* x, int64_t heads, int64_t si
 }  // namespace
 
 float* ThreadFloats(ThreadBuffer use, int64_t floats) {
-  thread_local std::vector<float> buffers[kPageQueries + 1];
+  thread_local std::vector<float> buffers[kFarQueries + 1];
   std::vector<float>& buffer = buffers[use];
   if (static_cast<int64_t>(buffer.size()) < floats) buffer.resize(floats);
   return buffer.data();
+}
+
+void RotateRow(const AttentionForm& form, const float* cosine, const float* sine, float* x) {
+  const int64_t half = form.rotary_size / 2;
+  const bool halves = form.rotary == Rotary::kHalf;
+  for (int64_t j = 0; j < half; ++j) {
+    float& first = halves ? x[j] : x[2 * j];
+    float& second = halves ? x[j + half] : x[2 * j + 1];
+    const float a = first;
+    const float b = second;
+    first = a * cosine[j] - b * sine[j];
+    second = b * cosine[j] + a * sine[j];
+  }
 }
 
 NewTokens::NewTokens(const AttentionForm& form, const AttentionOperands& operands,
@@ -94,17 +107,7 @@ void NewTokens::Rotate(float* x, int64_t row, int64_t i) const {
   if (form_.rotary == Rotary::kNone) return;
   const int64_t half = form_.rotary_size / 2;
   const int64_t at = ((operands_.angle_batch == 1 ? 0 : row) * operands_.seq + i) * half;
-  const float* const c = operands_.cosine + at;
-  const float* const s = operands_.sine + at;
-  const bool halves = form_.rotary == Rotary::kHalf;
-  for (int64_t j = 0; j < half; ++j) {
-    float& first = halves ? x[j] : x[2 * j];
-    float& second = halves ? x[j + half] : x[2 * j + 1];
-    const float a = first;
-    const float b = second;
-    first = a * c[j] - b * s[j];
-    second = b * c[j] + a * s[j];
-  }
+  RotateRow(form_, operands_.cosine + at, operands_.sine + at, x);
 }
 
 }  // namespace effc

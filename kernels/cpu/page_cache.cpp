@@ -11,7 +11,10 @@ namespace effc {
 PageStorage::PageStorage(const AttentionForm& form, const PageCacheSpec& spec,
                          const SelectionSpec& selection)
     : form_(form), spec_(spec), selection_(selection), layout_(spec.page) {
-  if (!selection.selects()) return;
+  if (selection.kind == SelectionKind::kAll) return;
+  if (selection.kind != SelectionKind::kPages) {
+    throw Error("storage 'pages' has the selections 'all' and 'pages'");
+  }
   if (!HasBounds(spec.page)) {
     throw Error("selection 'pages' needs keys that are coded by channel in less than 16 bits");
   }
@@ -63,11 +66,11 @@ void PageStorage::Step(const Kernels& kernels, const AttentionOperands& operands
   std::vector<Normaliser> normalisers;
   if (spec_.two_classes()) normalisers.resize(operands.batch * operands.seq * form_.heads);
   ChosenSlots chosen;
-  if (selection_.selects()) {
+  if (selection_.kind == SelectionKind::kPages) {
     const PageBounds bounds(kernels, step);
     chosen = ChooseSlots(kernels, form_, operands, tokens, selection_, bounds, parallel);
   }
-  Attend(kernels, form_, operands, tokens, store, chosen, parallel, y,
+  Attend(kernels, form_, operands, tokens, store, {&chosen}, parallel, y,
          normalisers.empty() ? nullptr : normalisers.data());
   parallel(operands.batch * form_.kv_heads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t at = begin; at < end; ++at) {

@@ -144,7 +144,6 @@ ChosenSlots ChooseSlots(const Kernels& kernels, const AttentionForm& form,
                         const AttentionOperands& operands, const NewTokens& tokens,
                         const SelectionSpec& spec, const BlockBounds& bounds,
                         const ParallelFunction& parallel) {
-  if (!spec.selects()) return {};
   if (operands.bias != nullptr) throw Error("a selection takes no bias");
   if (operands.seq != 1) return {};
   return Chooser(kernels, form, operands, tokens, spec, bounds).Run(parallel);

@@ -11,10 +11,18 @@
 
 namespace effc {
 
-enum class SelectionKind : int32_t { kAll, kPages };
+enum class SelectionKind : int32_t { kAll, kPages, kWindow };
 
-// The attributes of a selection. A row's tokens before a step are `sinks` first ones, whole blocks,
-// and at least `recent` last ones; a step chooses among the blocks.
+// How far sinks are from a query that reads them beyond its window.
+enum class FarPositions : int32_t {
+  kKeep,     // as far as they are
+  kCompact,  // as if they came right before the window
+  kCap,      // as far as the window is long
+};
+
+// The attributes of a selection. kPages: a row's tokens before a step are `sinks` first ones, whole
+// blocks, and at least `recent` last ones; a step chooses among the blocks. kWindow: `sinks` first
+// ones are read besides the window.
 struct SelectionSpec {
   SelectionKind kind = SelectionKind::kAll;
   int64_t sinks = 0;
@@ -22,9 +30,8 @@ struct SelectionSpec {
   int64_t block = 0;        // tokens
   int64_t budget = 0;       // tokens chosen, at least
   float share = 0;          // of the blocks chosen, at least
-  int64_t dense_below = 0;  // up to so many tokens everything is read
-
-  bool selects() const { return kind != SelectionKind::kAll; }
+  int64_t dense_below = 0;  // with fewer tokens everything is read
+  FarPositions positions = FarPositions::kKeep;
   // Blocks to choose from, of a row with this many tokens before the step.
   int64_t Blocks(int64_t tokens) const {
     return std::max<int64_t>(0, tokens - sinks - recent) / block;

@@ -42,12 +42,14 @@ void BlockReader::Scores(const BlockPlace& block, const float* queries, int64_t 
 }
 
 void BlockReader::Values(const BlockPlace& block, const float* weights, int64_t m, bool ordered,
-                         float* sums) const {
+                         float* sums, const BlockPlace& next) const {
+  const TokenRows keys = store_.Run(next.row, next.head, next.begin, next.end).keys;
   ForEachRun(store_, block, [&](const TokenSpan& run, int64_t at) {
     if (run.page != nullptr) return WeighPage(run.page, weights, m, ordered, sums);
-    const int64_t read = run.count * run.keys.stride * ElementBytes(run.keys.type);
+    const int64_t before = at * run.keys.stride * ElementBytes(run.keys.type);
+    const int64_t ahead = keys.data == nullptr ? 0 : Distance(run.values, keys) + before;
     pieces_.values(weights + at, kScoreStride, m, run.values, run.count, form_.value_size, sums,
-                   PaddedRow(form_.value_size), Distance(run.values, run.keys) + read);
+                   PaddedRow(form_.value_size), ahead);
   });
 }
 

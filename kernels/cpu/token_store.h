@@ -44,9 +44,9 @@ class BlockReader {
   // Scores of m query rows, PaddedRow(D) apart.
   void Scores(const BlockPlace& block, const float* queries, int64_t m, bool ordered,
               float* scores) const;
-  // Adds weighted values to sums, PaddedRow(E) apart.
-  void Values(const BlockPlace& block, const float* weights, int64_t m, bool ordered,
-              float* sums) const;
+  // Adds weighted values to sums, PaddedRow(E) apart. Prefetches the keys of `next`.
+  void Values(const BlockPlace& block, const float* weights, int64_t m, bool ordered, float* sums,
+              const BlockPlace& next) const;
   // Panels of transposed keys, and rows of E values, in slot order.
   void Widen(const BlockPlace& block, float* panels, float* values) const;
 

@@ -59,9 +59,10 @@ CachedAttentionKernel::CachedAttentionKernel(OrtApi* table, const OrtKernelInfo*
     size_t count = 0;
     Check(api_.KernelInfoGetInputCount(info, &count));
     const size_t tensors = storage_->Tensors(-1).size();
-    if (count != kFirstPast + tensors) {
+    const size_t needed = kFirstPast + tensors + (storage_->has_far_angles() ? 2 : 0);
+    if (count != needed) {
       throw Error("it has " + std::to_string(count) + " inputs; this storage needs " +
-                  std::to_string(kFirstPast + tensors) + ", " + std::to_string(tensors) +
+                  std::to_string(needed) + ", " + std::to_string(tensors) +
                   " of them the cache (absent optional inputs count)");
     }
   } catch (const Error& error) {
@@ -115,6 +116,7 @@ AttentionOperands CachedAttentionKernel::ReadOperands(const OrtKernelContext* co
   }
   ReadBias(context, operands);
   ReadAngles(context, operands);
+  ReadFarAngles(context, operands);
   return operands;
 }
 
@@ -157,6 +159,30 @@ void CachedAttentionKernel::ReadAngles(const OrtKernelContext* context,
   operands.angle_batch = inputs[0].dims[0];
   operands.cosine = inputs[0].tensor.as<float>();
   operands.sine = inputs[1].tensor.as<float>();
+}
+
+void CachedAttentionKernel::ReadFarAngles(const OrtKernelContext* context,
+                                          AttentionOperands& operands) const {
+  if (!storage_->has_far_angles()) return;
+  const size_t first = kFirstPast + storage_->Tensors(-1).size();
+  const int64_t half = form_.rotary_size / 2;
+  const float* angles[2];
+  for (size_t i = 0; i < 2; ++i) {
+    std::vector<int64_t> dims;
+    const Tensor tensor = NodeKernel::Input(context, first + i, &dims);
+    const char* const name = i == 0 ? "far cos" : "far sin";
+    if (tensor.type != Type::kFloat) {
+      throw Error(std::string(name) + " is " + TypeName(tensor.type) + ", but must be float32");
+    }
+    if (!Fits(dims, {-1, 1, half}) || (dims[0] != 1 && dims[0] != operands.batch) ||
+        (i == 1 && dims[0] != operands.far_batch)) {
+      RefuseShape(name, dims, "[1 or batch,1,rotary_size / 2], cos and sin alike");
+    }
+    operands.far_batch = dims[0];
+    angles[i] = tensor.as<float>();
+  }
+  operands.far_cosine = angles[0];
+  operands.far_sine = angles[1];
 }
 
 std::vector<CacheTensor> CachedAttentionKernel::ReadPast(const OrtKernelContext* context,

@@ -8,24 +8,26 @@ import onnx_ir as ir
 
 from effc.ir.analysis.cached_attention import CachedAttentionSite
 from effc.ir.dialect.cache_storage import StateTensor, Storage
-from effc.ir.dialect.cached_attention import cache_tensors, cached_attention
+from effc.ir.dialect.cached_attention import AttentionForm, cache_tensors, cached_attention
 from effc.ir.dialect.token_selection import TokenSelection
-from effc.passes.attention.static_scales import Scales, scale_tensors
 
 
 def change_cache(
     site: CachedAttentionSite,
+    *,
+    form: AttentionForm | None = None,
     storage: Storage | None = None,
     selection: TokenSelection | None = None,
-    scales: Scales | None = None,
+    constants: Sequence[ir.Value] = (),
 ) -> ir.Node:
     """Replace the node; the tensors of its cache take the place of the old ones among inputs and outputs.
 
     Args:
         site: The attention; every tensor of its cache is an input, or an output, of the graph and read by it alone.
+        form: What it is to compute; None: what it does.
         storage: How it is to keep its tokens; None: as it does.
         selection: Which of them it is to read; None: those it reads.
-        scales: Of a static storage.
+        constants: Inputs behind the cache.
 
     Returns:
         The new node.
@@ -35,19 +37,19 @@ def change_cache(
     query, key, value, valid, bias, cos, sin = node.inputs[:7]
     assert query is not None and key is not None and value is not None and valid is not None
     storage, selection = storage or site.storage, selection or site.selection
-    tensors = cache_tensors(site.form, storage, selection)
+    form = form or site.form
+    tensors = cache_tensors(form, storage, selection)
     past = _inputs(site, tensors)
     tables = (cos, sin) if cos is not None and sin is not None else None
-    constants = scale_tensors(graph, _prefix(site.past[0]), scales) if scales is not None else []
     operands = [query, key, value, valid]
     new = cached_attention(
-        operands, past, site.form, storage,
-        selection=selection, bias=bias, tables=tables, scales=constants, name=node.name,
+        operands, past, form, storage,
+        selection=selection, bias=bias, tables=tables, constants=constants, name=node.name,
     )  # fmt: skip
     graph.insert_before(node, new)
     _take_places(graph.inputs, site.past, past)
     present = node.outputs[1:]
-    prefix = _prefix(present[0])
+    prefix = cache_prefix(present[0])
     for output, tensor in zip(new.outputs[1:], tensors, strict=True):
         output.name = f"{prefix}.{tensor.name}"
     _take_places(graph.outputs, present, new.outputs[1:])
@@ -60,7 +62,7 @@ def change_cache(
 def _inputs(site: CachedAttentionSite, tensors: Sequence[StateTensor]) -> list[ir.Value]:
     old = site.past[0]
     assert old.shape is not None
-    batch, prefix = old.shape[0], _prefix(old)
+    batch, prefix = old.shape[0], cache_prefix(old)
     return [
         ir.Value(
             name=f"{prefix}.{tensor.name}",
@@ -71,7 +73,7 @@ def _inputs(site: CachedAttentionSite, tensors: Sequence[StateTensor]) -> list[i
     ]
 
 
-def _prefix(value: ir.Value) -> str:
+def cache_prefix(value: ir.Value) -> str:
     """`past_key_values.3` of `past_key_values.3.key`."""
     return str(value.name).rpartition(".")[0]
 

@@ -13,11 +13,11 @@ from effc.ir.analysis.cached_attention import CachedAttentionSite, cache_figures
 from effc.ir.dialect.cache_storage import BITS, LANE_BLOCK, DenseStorage, StaticStorage, Storage
 from effc.ir.dialect.token_selection import AllTokens
 from effc.ir.program import Program
-from effc.passes.attention.cache_change import change_cache
+from effc.passes.attention.cache_change import cache_prefix, change_cache
 from effc.passes.attention.cache_schemes import DTYPES, SCHEMES, Scheme
 from effc.passes.attention.cached_attention import CachedAttention
 from effc.passes.attention.raising import other_attention
-from effc.passes.attention.static_scales import Scales, measured_scales, read_scales
+from effc.passes.attention.static_scales import Scales, measured_scales, read_scales, scale_tensors
 from effc.passes.base import Contract, LeftAlone, Match, Pass, PassReport, Site
 
 STATIC_BITS = {"int8": 8, "int4": 4}
@@ -119,7 +119,9 @@ class KvCache(Pass):
         scales = self._scales(program, [site.payload[0] for site in sites]) if self.native else [None] * len(sites)
         for site, constants in zip(sites, scales, strict=True):
             attention, storage = site.payload
-            change_cache(attention, storage, scales=constants)
+            prefix = cache_prefix(attention.past[0])
+            tensors = scale_tensors(program.graph, prefix, constants) if constants is not None else []
+            change_cache(attention, storage=storage, constants=tensors)
         layers = [cache_figures(site) for site in cached_attention_sites(program.graph)]
         return PassReport([site.name for site in sites], details={"cache": layers})
 

@@ -1,33 +1,60 @@
-"""The `sparse-attention` pass: a step of decoding reads only the part of the cache that matters to it."""
+"""The `sparse-attention` pass: attention reads only the part of the cache that matters to it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import ClassVar, Literal
 
 from effc.errors import InputError, UsageError
 from effc.ir.analysis.cached_attention import CachedAttentionSite, cached_attention_sites, selection_figures
-from effc.ir.dialect.cache_storage import PageStorage
-from effc.ir.dialect.cached_attention import selection_reason
-from effc.ir.dialect.token_selection import AllTokens, PageSelection, TokenSelection
+from effc.ir.dialect.cache_storage import DenseStorage, PageStorage, Storage
+from effc.ir.dialect.cached_attention import AttentionForm
+from effc.ir.dialect.token_selection import AllTokens, PageSelection, TokenSelection, WindowSelection
 from effc.ir.program import Program
 from effc.passes.attention.cache_change import change_cache
 from effc.passes.attention.cached_attention import CachedAttention
+from effc.passes.attention.far_angles import FarAngles
 from effc.passes.attention.raising import other_attention
 from effc.passes.base import Contract, LeftAlone, Match, Pass, PassReport, Site
+from effc.passes.canonical.simplify import simplify_program
 
-BUDGET = 1024
+BUDGET, WINDOW = 1024, 1024
 SINKS, RECENT, BLOCK = 4, 32, 16
+FIRST = {"pages": 2, "window": 0}
+LIMITS = {
+    "budget": (0, 2**31 - 1),
+    "block": (1, 256),
+    "sinks": (0, 1024),
+    "recent": (0, 2**20),
+    "dense_below": (0, 2**31 - 1),
+    "first": (0, 10**6),
+    "last": (0, 10**6),
+}
+IGNORED = {"pages": ("positions",), "window": ("budget", "share", "block", "dense_below")}
+"""Scheme -> options it does not have."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a layer becomes, and the position of queries that meet far sinks where that is not their own."""
+
+    form: AttentionForm
+    storage: Storage
+    selection: TokenSelection
+    far: int | None = None
 
 
 @dataclass(frozen=True)
 class SparseAttention(Pass):
-    """Read only the cached tokens that may get much attention, chosen anew for every new token.
+    """Read only a part of the cached tokens.
 
-    Nothing is dropped: every token stays in the cache, at its position, and may be read by a later step. Prompts are
-    read in full; a step of one new token chooses. `docs/sparse-attention.md` has what it costs and saves.
+    `pages`: a step of one new token chooses the blocks of tokens that may get much attention, anew for every token.
+    Nothing is dropped: every token stays in the cache, at its position, and may be read by a later step; prompts are
+    read in full. `window`: every token reads the last ones and the first ones only, so that memory and time stay
+    constant however long the text gets; what leaves the window is gone. `docs/sparse-attention.md` has what both cost
+    and save.
 
     Before:
 
@@ -44,92 +71,134 @@ class SparseAttention(Pass):
     added.
 
     Attributes:
-        scheme: `pages`: blocks of tokens by the least and the largest element of every key channel (Quest).
-        budget: Tokens in blocks that a step reads, at least; None: 1024, and 0 with `share`.
-        share: Share of the blocks that a step reads, at least.
-        block: Tokens of a block of a dense cache; None: 16. A coded cache has its pages.
+        scheme: `pages`: blocks of tokens by the least and the largest element of every key channel (Quest). `window`:
+            the last tokens in a ring and the first ones (StreamingLLM, LM-Infinite).
+        budget: `pages`: tokens in blocks that a step reads, at least; None: 1024, and 0 with `share`.
+        share: `pages`: share of the blocks that a step reads, at least.
+        block: `pages`: tokens of a block of a dense cache; None: 16. A coded cache has its pages.
         sinks: Tokens at the start that every step reads; None: 4, or as the coded cache keeps them.
-        recent: Tokens at the end that every step reads, at least; None: 32, or as the coded cache keeps them.
-        dense_below: With fewer cached tokens than this, everything is read.
-        first: Layers at the start that are left alone; attention is spread most widely there.
+        recent: Tokens at the end that every step reads: with `pages` at least so many, None: 32, or as the coded cache
+            keeps them; with `window` exactly so many, the new one included, None: 1024.
+        positions: `window`: how far the sinks are from a query that reads them beyond its window. `compact`: as if they
+            came right before the window (StreamingLLM). `cap`: as far as the window is long (LM-Infinite). `keep`: as
+            far as they are, which a model knows only up to the length it was trained on. None: `compact`.
+        dense_below: `pages`: with fewer cached tokens than this, everything is read.
+        first: Layers at the start that are left alone; None: 2 with `pages`, since attention is spread most widely
+            there, else 0.
         last: Layers at the end that are left alone.
         skip: Glob patterns of layers to leave alone, joined by `|`, such as `*layer?3`.
     """
 
     name: ClassVar[str] = "sparse-attention"
     contract: ClassVar[Contract] = Contract.APPROXIMATE
-    scheme: Literal["pages"] = "pages"
+    scheme: Literal["pages", "window"] = "pages"
     budget: int | None = field(default=None, metadata={"range": "0 or more"})
     share: float | None = field(default=None, metadata={"range": "above 0, to 1"})
     block: int | None = field(default=None, metadata={"range": "1 to 256"})
-    sinks: int | None = field(default=None, metadata={"range": "0 to 1024"})
-    recent: int | None = field(default=None, metadata={"range": "0 to 4096"})
-    dense_below: int = field(default=0, metadata={"range": "0 or more"})
-    first: int = field(default=2, metadata={"range": "0 or more"})
+    sinks: int | None = field(default=None, metadata={"range": "0 to 1024; window: 1 to 128"})
+    recent: int | None = field(default=None, metadata={"range": "0 to 1048576"})
+    positions: Literal["compact", "cap", "keep"] | None = None
+    dense_below: int | None = field(default=None, metadata={"range": "0 or more"})
+    first: int | None = field(default=None, metadata={"range": "0 or more"})
     last: int = field(default=0, metadata={"range": "0 or more"})
     skip: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        limits = {"budget": (0, 2**31 - 1), "block": (1, 256), "sinks": (0, 1024), "recent": (0, 4096)}
-        limits |= {"dense_below": (0, 2**31 - 1), "first": (0, 10**6), "last": (0, 10**6)}
-        for name, (low, high) in limits.items():
+        for name, (low, high) in LIMITS.items():
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 raise UsageError(f"{name.replace('_', '-')} is {value}, it must be from {low} to {high}.")
         if self.share is not None and not 0 < self.share <= 1:
             raise UsageError(f"share is {self.share}, it must be above 0 and at most 1.")
+        given = [name for name in IGNORED[self.scheme] if getattr(self, name) is not None]
+        if given:
+            raise UsageError(f"scheme={self.scheme} has no {given[0].replace('_', '-')}. Leave the option out.")
+        if self.scheme == "window":
+            if self.recent == 0:
+                raise UsageError("recent is 0, scheme=window needs at least 1.")
+            try:
+                self._window()
+            except InputError as error:
+                raise UsageError(f"sparse-attention: {error}.") from error
 
     def requires(self) -> Sequence[Pass]:
-        """Attention and its cache must be one op."""
-        return (CachedAttention(),)
+        """Attention and its cache must be one op, which rotates where it is to move sinks."""
+        moves = self.scheme == "window" and self._window().positions != "keep"
+        return (CachedAttention(rotary="inside" if moves else "outside"),)
 
     def match(self, program: Program) -> Match:
         """Find every layer that the selection can read."""
         sites, left = [], []
         attentions = cached_attention_sites(program.graph)
+        angles = FarAngles(program.graph)
         for index, attention in enumerate(attentions):
-            selection = self._selection(attention)
-            reason = self._reason(attention, selection, index, len(attentions))
+            change = self._change(attention)
+            reason = self._skipped(attention, index, len(attentions)) or self._reason(attention, change, angles)
             if reason:
                 left.append(LeftAlone(attention.name, reason))
             else:
-                sites.append(Site(attention.name, (attention, selection)))
+                sites.append(Site(attention.name, (attention, change)))
         return Match(sites, [*left, *other_attention(program, bool(attentions))])
 
     def apply(self, program: Program, sites: Sequence[Site]) -> PassReport:
         """Give every site its selection."""
+        angles = FarAngles(program.graph)
         for site in sites:
-            attention, selection = site.payload
-            change_cache(attention, selection=selection)
+            attention, change = site.payload
+            constants = angles.at(attention, change.far) if change.far is not None else []
+            change_cache(
+                attention,
+                form=change.form,
+                storage=change.storage,
+                selection=change.selection,
+                constants=constants,
+            )
+        simplify_program(program)
         layers = [selection_figures(site) for site in cached_attention_sites(program.graph)]
         return PassReport([site.name for site in sites], details={"selection": layers})
 
-    def _selection(self, site: CachedAttentionSite) -> TokenSelection:
+    def _change(self, site: CachedAttentionSite) -> Change:
+        """What a layer would become."""
+        if self.scheme == "pages":
+            return Change(site.form, site.storage, self._pages(site))
+        selection, recent = self._window(), WINDOW if self.recent is None else self.recent
+        storage = site.storage
+        if isinstance(storage, DenseStorage) and not site.form.window:
+            storage = DenseStorage(storage.dtype, recent)
+        return Change(replace(site.form, window=recent), storage, selection, selection.far_position(recent))
+
+    def _window(self) -> WindowSelection:
+        return WindowSelection(SINKS if self.sinks is None else self.sinks, self.positions or "compact")
+
+    def _pages(self, site: CachedAttentionSite) -> PageSelection:
         """The selection of a layer; a coded cache brings its sinks, recent tokens and pages."""
         sinks, recent, block = SINKS, RECENT, BLOCK
         if isinstance(site.storage, PageStorage):
             sinks, recent, block = site.storage.sinks, site.storage.recent, site.storage.page
         budget = self.budget if self.budget is not None else 0 if self.share is not None else BUDGET
-        try:
-            return PageSelection(
-                sinks=sinks if self.sinks is None else self.sinks,
-                recent=recent if self.recent is None else self.recent,
-                block=block if self.block is None else self.block,
-                budget=budget,
-                share=self.share or 0.0,
-                dense_below=self.dense_below,
-            )
-        except InputError as error:
-            raise UsageError(f"sparse-attention: {error}.") from error
+        return PageSelection(
+            sinks=sinks if self.sinks is None else self.sinks,
+            recent=recent if self.recent is None else self.recent,
+            block=block if self.block is None else self.block,
+            budget=budget,
+            share=self.share or 0.0,
+            dense_below=self.dense_below or 0,
+        )
 
-    def _reason(self, site: CachedAttentionSite, selection: TokenSelection, index: int, count: int) -> str:
-        """Why a layer is left alone; empty when it is not."""
+    def _skipped(self, site: CachedAttentionSite, index: int, count: int) -> str:
+        """Why the options leave a layer alone; empty when they do not."""
         if any(fnmatchcase(site.name, pattern) for pattern in self.skip):
             return "skipped by the option `skip`"
-        if index < self.first or index >= count - self.last:
-            return "skipped by the options `first` and `last`"
+        first = FIRST[self.scheme] if self.first is None else self.first
+        return "skipped by the options `first` and `last`" if index < first or index >= count - self.last else ""
+
+    def _reason(self, site: CachedAttentionSite, change: Change, angles: FarAngles) -> str:
+        """Why a layer is left alone; empty when it is not."""
         if not isinstance(site.selection, AllTokens):
             return f"it has selection={site.selection.kind} already"
         if site.node.inputs[4] is not None:
             return "its mask is only known as numbers added to the scores, so what it hides cannot be told"
-        return selection_reason(site.form, site.storage, selection)
+        if site.form.window:
+            return f"its window of {site.form.window} tokens bounds what it reads"
+        reason = change.selection.reason_against(change.form, change.storage)
+        return reason or (angles.reason_against(site) if change.far is not None else "")

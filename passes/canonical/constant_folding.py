@@ -88,7 +88,7 @@ def _evaluated(node: ir.Node) -> list[np.ndarray] | None:
     tensors = [constant_tensor(value) for value in node.inputs if value is not None]
     if any(tensor is None for tensor in tensors) or not _result_is_small(node):
         return None
-    arrays = _run(node)
+    arrays = evaluate(node)
     read = sum(tensor.nbytes for tensor in tensors if tensor is not None)
     written = sum(array.nbytes for array in arrays)
     vector = all(array.ndim <= 1 for array in arrays) and written <= VECTOR_BYTES
@@ -105,7 +105,8 @@ def _result_is_small(node: ir.Node) -> bool:
     return True
 
 
-def _run(node: ir.Node) -> list[np.ndarray]:
+def evaluate(node: ir.Node) -> list[np.ndarray]:
+    """Outputs of a node of standard ops whose inputs are all constant."""
     names: dict[ir.Value, str] = {
         value: f"v{i}" for i, value in enumerate(dict.fromkeys(v for v in node.inputs if v is not None))
     }

@@ -219,6 +219,7 @@ class OpenEngine:
             kept_tokens: int = 3
             prefill_seconds: float = 0.1
             decode_seconds: float = 0.2
+            prefix_tokens: int = 0
 
         self.options = options
         read = "" if options["filter_prompt"] else "all of "
@@ -227,6 +228,10 @@ class OpenEngine:
             for piece in text.split(" ") if stream else ():
                 stream(row, piece)
         return [Generation(text, [1, 2]) for text in texts]
+
+    def write_prefix(self, text, output, *, chat):
+        tokens = len(text) + 100 * chat
+        return {"prefix": str(output), "engine": str(self.folder), "tokens": tokens, "bytes": 2_500_000, "seconds": 1.5}
 
     def embed(self, texts, *, batch_size, normalize):
         return np.array([[len(text), 0.5] for text in texts], dtype=np.float32)
@@ -251,6 +256,30 @@ def test_generate(effc, session, tmp_path) -> None:
     result = effc("generate", "e", "--prompt-file", file)
     assert result.code == 3
     assert "is not UTF-8 text" in result.err
+
+
+def test_generate_passes_the_prefix_on(effc, stand_in) -> None:
+    engine = OpenEngine("e", None)
+    stand_in("effc.runtime.session", load=lambda folder, threads=None: engine)
+    for words, prefix in (([], None), (["--prefix", "p"], Path("p"))):
+        assert effc("generate", "e", "--prompt", "x", *words).code == 0
+        assert engine.options["prefix"] == prefix
+
+
+def test_prefix(effc, session, tmp_path) -> None:
+    file = tmp_path / "text"
+    file.write_text("ünd\n", encoding="utf-8")
+    content = effc("prefix", "e", "--text", file, "-o", "out", "--json").json("prefix")
+    assert content == {"prefix": "out", "engine": "e", "tokens": 4, "bytes": 2_500_000, "seconds": 1.5}
+    assert effc("prefix", "e", "--text", file, "-o", "out").out == "out: 4 tokens, 2.5 MB, computed in 1.50 s\n"
+    assert effc("prefix", "e", "--text", file, "-o", "out", "--chat").out.startswith("out: 104 tokens")
+    for content, message in ((b"", "is empty"), (b"\xff\xfe", "is not UTF-8 text")):
+        file.write_bytes(content)
+        result = effc("prefix", "e", "--text", file, "-o", "out")
+        assert result.code == 3
+        assert message in result.err
+    for words in (["--text", file], ["-o", "out"], ["--text", tmp_path / "none", "-o", "out"]):
+        assert effc("prefix", "e", *words).code == 2
 
 
 def test_embed(effc, session, tmp_path) -> None:

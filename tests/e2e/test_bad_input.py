@@ -200,6 +200,36 @@ def test_engines_that_are_not(tiny_engine: Path, tmp_path: Path, capsys: pytest.
     _refused(capsys, ["generate", engine, "--prompt", "a"], 3, "effc optimize")
 
 
+def test_prefixes_that_are_not(tiny_engine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text, folder = tmp_path / "text", tmp_path / "prefix"
+    text.write_text("Once upon a time there was")
+    run_with = ["generate", tiny_engine, "--prompt", " a king", "--max-new-tokens", "3", "--prefix", folder]
+    _refused(capsys, run_with, 3, "effc prefix")
+    assert run(["prefix", str(tiny_engine), "--text", str(text), "-o", str(folder)]) == 0
+    assert run([str(word) for word in run_with]) == 0
+    _refused(capsys, [*run_with, "--chat"], 2, "plain text")
+    data = (folder / "prefix.bin").read_bytes()
+    (folder / "prefix.bin").write_bytes(data[:-1])
+    _refused(capsys, run_with, 3, "prefix.bin", "effc prefix")
+    (folder / "prefix.bin").write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    _refused(capsys, run_with, 3, "prefix.bin", "effc prefix")
+    text.write_text("Once upon a time " * 20)
+    _refused(capsys, ["prefix", tiny_engine, "--text", text, "-o", folder], 2, "at most 256")
+    text.write_text("Once")
+    _refused(capsys, ["prefix", tiny_engine, "--text", text, "-o", tiny_engine], 3, "a prefix to replace")
+    _refused(capsys, ["generate", tiny_engine, "--prompt", "a", "--prefix", tiny_engine], 3, "effc prefix")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["prefix", "text"]
+
+
+def test_a_full_disk_leaves_no_prefix(
+    tiny_engine: Path, small_disk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text").write_text("a" * 250)
+    (small_disk / "filling").write_bytes(bytes(100_000))
+    _refused(capsys, ["prefix", tiny_engine, "--text", tmp_path / "text", "-o", small_disk / "prefix"], 3, "space")
+    assert [path.name for path in small_disk.iterdir()] == ["filling"]
+
+
 def test_killed_in_the_middle_then_resumed(tiny_llama: Path, tmp_path: Path) -> None:
     environment = {**os.environ, "EFFC_CACHE": str(tmp_path / "cache")}
     command = [sys.executable, "-m", "effc", "optimize", str(tiny_llama), "-o", str(tmp_path / "engine")]

@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import onnxruntime as ort
 from attention_oracle import Form
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from effc import kernels
 
@@ -29,6 +29,7 @@ ALL_TOKENS: dict[str, object] = {
     "select_budget": 0,
     "select_share": 0.0,
     "dense_below": 0,
+    "select_positions": "none",
 }
 DENSE: dict[str, object] = ALL_TOKENS | {
     "storage": "dense",
@@ -96,16 +97,17 @@ def open_model(
     optional: Sequence[str] = (),
     threads: int = 2,
     storage: Mapping[str, object] = DENSE,
+    constants: Mapping[str, np.ndarray] | None = None,
     **overrides: object,
 ) -> Model:
-    """A session for tensors of the past like `past`; sizes of the cache that may grow are symbolic."""
+    """A session for tensors of the past like `past`, with constants behind them; sizes that may grow are symbolic."""
     attributes = {**asdict(form), **storage, **overrides}
     attributes = {name: value for name, value in attributes.items() if value is not None}
     inputs = ["query", "key", "value", "valid", *(name if name in optional else "" for name in OPTIONAL)]
     cache = range(len(past))
     node = helper.make_node(
         "CachedAttention",
-        [*inputs, *(f"past{i}" for i in cache)],
+        [*inputs, *(f"past{i}" for i in cache), *(constants or {})],
         ["y", *(f"present{i}" for i in cache)],
         name="attention",
         domain="effc",
@@ -133,7 +135,9 @@ def open_model(
             )
         )
     imports = [helper.make_opsetid("", 24), helper.make_opsetid("effc", 1)]
-    model = helper.make_model(helper.make_graph([node], "test", given, results), opset_imports=imports, ir_version=10)
+    tensors = [numpy_helper.from_array(array, name) for name, array in (constants or {}).items()]
+    graph = helper.make_graph([node], "test", given, results, tensors)
+    model = helper.make_model(graph, opset_imports=imports, ir_version=10)
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 4

@@ -57,7 +57,7 @@ def test_a_chunked_prompt_gives_the_same(make_lm: MakeLm, lm_oracle: Any, mode: 
 def test_a_long_prompt_is_split_to_keep_the_logits_small(
     make_lm: MakeLm, lm_oracle: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("effc.runtime.generate.LOGITS_LIMIT", 1)
+    monkeypatch.setattr("effc.runtime.batch.LOGITS_LIMIT", 1)
     prompt = [int(item) for item in np.random.default_rng(0).integers(0, 260, 50)]
     with load(make_lm(config=NO_EOS)) as engine:
         assert engine.generate([prompt], max_new_tokens=4)[0].token_ids == lm_oracle.greedy(prompt, 4)
@@ -244,7 +244,7 @@ def test_other_tasks_and_engines_without_a_cache_do_not_generate(make_lm: MakeLm
 
 def test_logits_that_are_not_finite_are_reported(make_lm: MakeLm, monkeypatch: pytest.MonkeyPatch) -> None:
     with load(make_lm()) as engine:
-        monkeypatch.setattr("effc.runtime.generate._Batch.prefill", lambda *_: np.full((1, 260), np.nan, np.float32))
+        monkeypatch.setattr("effc.runtime.batch.Batch.prefill", lambda *_: np.full((1, 260), np.nan, np.float32))
         with pytest.raises(EngineError, match="logits are not finite"):
             engine.generate("a")
 

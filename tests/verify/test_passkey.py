@@ -116,7 +116,9 @@ class Reader:
     task: str = "causal-lm"
     has_tokenizer: bool = True
     manifest: object = field(
-        default_factory=lambda: SimpleNamespace(config={}, inputs=[SimpleNamespace(name="input_ids", dtype="int64")])
+        default_factory=lambda: SimpleNamespace(
+            config={}, cache=None, inputs=[SimpleNamespace(name="input_ids", dtype="int64")]
+        )
     )
 
     def __post_init__(self) -> None:

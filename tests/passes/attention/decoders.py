@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
+from onnx_ir.tape import Tape
 
 from effc import kernels
 from effc.ir.dialect.cache_storage import DenseStorage
@@ -18,9 +19,15 @@ HEADS, KV_HEADS, SIZE = 4, 2, 32
 
 
 def decoder(
-    layers: int = 1, *, size: int = SIZE, windows: tuple[int, ...] = (), bias: bool = False, ring: bool = True
+    layers: int = 1,
+    *,
+    size: int = SIZE,
+    windows: tuple[int, ...] = (),
+    bias: bool = False,
+    ring: bool = True,
+    rotary: bool = False,
 ) -> Program:
-    """Attention layers side by side, raised, over inputs q, k, v."""
+    """Attention layers side by side, raised, over inputs q, k, v and, with rotary, the positions."""
 
     def value(name: str, dtype: ir.DataType, *shape: int | str) -> ir.Value:
         return ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(shape))
@@ -33,7 +40,12 @@ def decoder(
         value("valid", ir.DataType.BOOL, "batch", "total"),
     ]
     mask = value("bias", float32, 1, 1, "seq", "total") if bias else None
-    inputs, nodes, outputs = [*operands, *([mask] if mask else [])], [], []
+    positions = value("position_ids", ir.DataType.INT64, "batch", "seq")
+    tape, tables = Tape(), None
+    if rotary:
+        tables = rotation(tape, positions, size)
+    optional = [*([mask] if mask else []), *([positions] if rotary else [])]
+    inputs, nodes, outputs = [*operands, *optional], list(tape.nodes), []
     for layer in range(layers):
         window = windows[layer] if layer < len(windows) else 0
         length = window if window and ring else "past"
@@ -41,9 +53,11 @@ def decoder(
             value(f"past_key_values.{layer}.{kind}", float32, "batch", KV_HEADS, length, size)
             for kind in ("key", "value")
         ]
-        form = AttentionForm(HEADS, KV_HEADS, size, size, size**-0.5, window=window)
+        turned = {"rotary": "half", "rotary_size": size} if rotary else {}
+        form = AttentionForm(HEADS, KV_HEADS, size, size, size**-0.5, window=window, **turned)
         storage = DenseStorage(float32, window if ring else 0)
-        node = cached_attention(operands, past, form, storage, bias=mask, name=f"layers.{layer}.attention")
+        name = f"layers.{layer}.attention"
+        node = cached_attention(operands, past, form, storage, bias=mask, tables=tables, name=name)
         for output, name in zip(node.outputs, (f"y{layer}", f"present.{layer}.key", f"present.{layer}.value")):
             output.name = name
         inputs += past
@@ -51,6 +65,21 @@ def decoder(
         outputs += node.outputs
     graph = ir.Graph(inputs, outputs, nodes=nodes, opset_imports={"": 24, "effc": 1}, name="decoder")
     return Program(ir.Model(graph, ir_version=11), Task.CAUSAL_LM, Source("memory", "decoder"))
+
+
+def rotation(tape: Tape, positions: ir.Value, size: int) -> tuple[ir.Value, ir.Value]:
+    """Cosines and sines [batch, seq, size / 2]."""
+    frequencies = (1 / 40.0 ** np.linspace(0, 1, size // 2)).astype(np.float32)
+    constants = [
+        tape.op("Constant", [], {"value": ir.Tensor(array, name="constant")})
+        for array in (np.array([2], np.int64), frequencies)
+    ]
+    floats = tape.op("Cast", [positions], {"to": int(ir.DataType.FLOAT)})
+    angles = tape.op("Mul", [tape.op("Unsqueeze", [floats, constants[0]]), constants[1]])
+    cos, sin = (tape.op(name, [angles]) for name in ("Cos", "Sin"))
+    for table in (cos, sin):
+        table.type, table.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(["batch", "seq", size // 2])
+    return cos, sin
 
 
 def changed(program: Program, *passes: Pass) -> Program:
@@ -85,6 +114,8 @@ def run_steps(program: Program, steps: Sequence[int], seed: int = 5) -> np.ndarr
         feeds = {"valid": valid}
         for name, heads in (("q", HEADS), ("k", KV_HEADS), ("v", KV_HEADS)):
             feeds[name] = draw.standard_normal((2, count, heads * SIZE)).astype(np.float32)
+        if any(one.name == "position_ids" for one in program.graph.inputs):
+            feeds["position_ids"] = np.maximum(valid.cumsum(axis=1) - 1, 0)[:, done:]
         values = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in feeds.items()}
         outputs = dict(zip(names, session.run_with_ort_values(names, {**values, **cache})))
         results.append(outputs["y0"].numpy())

@@ -15,7 +15,7 @@ from effc.backends.onnxruntime.static_cache import lower_static_caches
 from effc.errors import UsageError
 from effc.ir.analysis.cached_attention import cached_attention_sites
 from effc.ir.dialect.cache_storage import DenseStorage, PageStorage, StaticStorage
-from effc.ir.dialect.cached_attention import scale_values
+from effc.ir.dialect.cached_attention import constant_values
 from effc.ir.dialect.inline import inline_dialect
 from effc.ir.program import Program, Source, Task
 from effc.passes.attention.kv_cache import KvCache
@@ -194,7 +194,7 @@ def native(scheme: Literal["int8", "int4"]) -> tuple[Program, dict[str, np.ndarr
 def test_static_scales_are_measured(scheme: Literal["int8", "int4"], top: int) -> None:
     program, values = native(scheme)
     for site in cached_attention_sites(program.graph):
-        for value, name in zip(scale_values(site.node), ("k", "v"), strict=True):
+        for value, name in zip(constant_values(site.node), ("k", "v"), strict=True):
             assert value.const_value is not None
             most = np.abs(values[name].reshape(-1, KV_HEADS, SIZE)).max(axis=0)
             np.testing.assert_allclose(value.const_value.numpy()[0, :, 0], most / top, rtol=1e-6)
@@ -233,7 +233,7 @@ def test_static_scales_of_rotated_keys_bound_every_position() -> None:
     keys[0, 0, 0], keys[0, 0, SIZE // 2] = 3, 4
     program.calibration = Observed({"rotated": keys, "v": np.ones_like(keys)})
     (site,) = cached_attention_sites(changed(program, KvCache("int8", native=True)).graph)
-    scale = scale_values(site.node)[0].const_value
+    scale = constant_values(site.node)[0].const_value
     assert scale is not None
     assert [scale.numpy()[0, 0, 0, place] * 127 for place in (0, SIZE // 2)] == pytest.approx([5, 5])
 

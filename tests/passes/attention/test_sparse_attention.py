@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -9,9 +11,11 @@ from decoders import changed, decoder, run_steps
 
 from effc.errors import InputError, UsageError
 from effc.ir.analysis.cached_attention import cached_attention_sites
+from effc.ir.dialect.cached_attention import constant_values
 from effc.ir.dialect.inline import inline_dialect
-from effc.ir.dialect.token_selection import AllTokens, PageSelection
+from effc.ir.dialect.token_selection import AllTokens, PageSelection, WindowSelection
 from effc.ir.program import Program
+from effc.passes.attention.cached_attention import CachedAttention
 from effc.passes.attention.kv_cache import KvCache
 from effc.passes.attention.sparse_attention import SparseAttention
 from effc.passes.pipeline_text import format_pipeline, parse_pipeline
@@ -79,6 +83,35 @@ def test_figures_of_the_report() -> None:
     assert (last["selection"], last["select_budget"], last["select_share"]) == ("pages", 0, 0.25)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"budget": -1}, "budget is -1"),
+        ({"share": 0.0}, "share is 0.0"),
+        ({"share": float("nan")}, "share is nan"),
+        ({"block": 257}, "block is 257"),
+        ({"dense_below": -1}, "dense-below is -1"),
+        ({"positions": "cap"}, "scheme=pages has no positions"),
+        ({"scheme": "window", "budget": 5}, "scheme=window has no budget"),
+        ({"scheme": "window", "recent": 0}, "recent is 0"),
+        ({"scheme": "window", "sinks": 0}, "sinks is 0"),
+        ({"scheme": "window", "sinks": 129}, "sinks is 129"),
+    ],
+    ids=str,
+)
+def test_options_outside_their_ranges(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        SparseAttention(**options)
+
+
+@pytest.mark.parametrize(
+    "one",
+    [SparseAttention(budget=512, block=32, skip=("*0", "*1")), SparseAttention("window", recent=9, positions="cap")],
+)
+def test_pipeline_text(one: SparseAttention) -> None:
+    assert parse_pipeline(format_pipeline([one])) == (one,)
+
+
 SELECTIONS = [sparse(), sparse(share=0.3, budget=0, block=5), sparse(dense_below=150), sparse(sinks=0, recent=0)]
 
 
@@ -101,6 +134,51 @@ def test_a_full_budget_changes_nothing(scheme: str) -> None:
     stored = changed(decoder(), KvCache(scheme))  # type: ignore[arg-type]
     found = run_steps(changed(stored, sparse(share=1.0)), STEPS)
     assert np.array_equal(found, run_steps(stored, STEPS))
+
+
+WINDOW_STEPS = [3, 90, *[1] * 40, 70, *[1] * 5]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("positions", ["keep", "compact", "cap"])
+def test_a_window_in_the_kernel_and_in_its_body(positions: str, dtype: str) -> None:
+    options: dict[str, Any] = {"scheme": "window", "recent": 40, "positions": positions}
+    program = changed(decoder(2, rotary=True), KvCache("dense", dtype=dtype), SparseAttention(**options))  # type: ignore[arg-type]
+    (site, _) = cached_attention_sites(program.graph)
+    assert (site.form.window, site.storage.ring) == (40, 40)  # type: ignore[attr-defined]
+    assert site.selection == WindowSelection(4, positions)
+    assert {str(value.shape[2]) for value, _ in program.cache_pairs()} == {"40", "4"}
+    constants = constant_values(site.node)
+    assert [list(value.shape) for value in constants] == ([] if positions == "keep" else [[1, 1, 16]] * 2)
+    assert all(value.const_value is not None for value in constants)
+    body = program.clone()
+    inline_dialect(body.model)
+    found, expected = run_steps(program, WINDOW_STEPS), run_steps(body, WINDOW_STEPS)
+    seen = np.ones(found.shape[:2], bool)
+    seen[1, :7] = False
+    np.testing.assert_allclose(found[seen], expected[seen], atol=1e-5)
+    dense = run_steps(decoder(2, rotary=True), WINDOW_STEPS)
+    np.testing.assert_allclose(found[:, :40], dense[:, :40], atol=0.02)
+    assert np.abs(found - dense)[seen].max() > 0.05
+
+
+def test_a_window_longer_than_the_text_is_dense() -> None:
+    program = decoder(rotary=True)
+    found = run_steps(changed(program, SparseAttention("window", recent=400)), WINDOW_STEPS)
+    np.testing.assert_allclose(found, run_steps(program, WINDOW_STEPS), atol=1e-6)
+
+
+def test_windows_that_there_cannot_be() -> None:
+    window = SparseAttention("window")
+    assert "put cached-attention{rotary=inside} before" in reasons(decoder(), window)[0]
+    assert "which keeps every token" in reasons(changed(decoder(rotary=True), KvCache("int8")), window)[0]
+    assert reasons(decoder(windows=(150,), rotary=True), window) == ["its window of 150 tokens bounds what it reads"]
+    assert reasons(decoder(), SparseAttention("window", positions="keep")) == []
+    program = decoder(rotary=True)
+    program.graph.inputs[4].name = "places"
+    assert "does not come from the input position_ids" in reasons(program, window)[0]
+    (inside,) = window.requires()
+    assert inside == CachedAttention(rotary="inside")
 
 
 def test_coded_pages_that_are_selected_have_no_body() -> None:

@@ -14,9 +14,10 @@ import torch
 
 import effc
 from effc import kernels
-from effc.errors import EngineError
+from effc.errors import ContractError, EngineError, UsageError
 from effc.runtime.kv_state import KvState
-from effc.runtime.prompt_filter import choose_tokens
+from effc.runtime.prefix import Prefix
+from effc.runtime.prompt_filter import choose_tokens, fixed_places
 from effc.runtime.session import Engine
 from effc.verify.bench_worker import Worker
 from effc.verify.passkey import answer
@@ -32,9 +33,11 @@ PIPELINES = {
     "lossless": f"{LOSSLESS},{FILTER}",
     "int8 before": "kv-cache{scheme=int8,sinks=0,recent=0,page=16}," + FILTER,
     "int8 after": FILTER + ",kv-cache{scheme=int8,sinks=0,recent=0,page=16}",
+    "zipcache": FILTER + ",kv-cache{scheme=zipcache,sinks=0,recent=4,page=16}",
     "pages": FILTER + ",sparse-attention{budget=16,sinks=1,recent=1,block=4}",
     "fused": f"fuse,{FILTER}",
 }
+ENDLESS = "cached-attention{rotary=inside}," + FILTER + ",sparse-attention{scheme=window,sinks=2,recent=24}"
 IDS = np.random.default_rng(1).integers(0, VOCAB, 31).tolist()
 
 Build = Callable[..., Path]
@@ -98,9 +101,9 @@ def mean_of_five(raw: np.ndarray, zero: bool) -> np.ndarray:
     return np.array([part.sum() / (5 if zero else len(part)) for part in parts])
 
 
-def filter_scores(engine: Engine, ids: list[int]) -> np.ndarray:
+def filter_scores(engine: Engine, ids: list[int], prefix: Prefix | None = None) -> np.ndarray:
     assert engine._prompt_filter is not None
-    return engine._prompt_filter.scores(ids)
+    return engine._prompt_filter.scores(ids, prefix)
 
 
 def pipelines() -> Iterator[Any]:
@@ -115,14 +118,14 @@ def test_an_engine_reads_what_its_filter_keeps(
     build: Build, raw_scores: Callable[[list[int]], np.ndarray], passes: str, portable: bool
 ) -> None:
     with effc.load(build(passes, portable=portable)) as engine:
-        loose = "int8" in passes
+        loose = "kv-cache" in passes
         for count in (KEEP + 1, len(IDS)):
             ids = IDS[:count]
             expected = mean_of_five(raw_scores(ids), "padding=zero" in passes)
             found = filter_scores(engine, ids)
             np.testing.assert_allclose(found, expected, atol=1.0 if loose else 1e-4)
         kept = engine.shortened(IDS)
-        assert kept == [IDS[place] for place in choose_tokens(found, KEEP, FORCED)]
+        assert kept == [IDS[place] for place in choose_tokens(found, KEEP, fixed_places(len(IDS), FORCED, True))]
         assert (len(kept), kept[0], kept[-FORCED:]) == (KEEP, IDS[0], IDS[-FORCED:])
         (result,) = engine.generate([IDS], max_new_tokens=6)
         (direct,) = engine.generate([kept], max_new_tokens=6, filter_prompt=False)
@@ -130,6 +133,57 @@ def test_an_engine_reads_what_its_filter_keeps(
         (whole,) = engine.generate([IDS], max_new_tokens=6, filter_prompt=False)
         assert whole.kept_tokens == len(IDS)
         assert whole.token_ids != result.token_ids
+
+
+@pytest.mark.parametrize(("passes", "portable"), list(pipelines()))
+def test_what_follows_a_prefix_is_shortened_where_it_stands(
+    build: Build, raw_scores: Callable[[list[int]], np.ndarray], tmp_path: Path, passes: str, portable: bool
+) -> None:
+    start = IDS[::-1][:19]
+    with effc.load(build(passes, portable=portable)) as engine:
+        engine.write_prefix(start, tmp_path / "prefix")
+        prefix = engine.open_prefix(tmp_path / "prefix")
+        found = filter_scores(engine, IDS, prefix)
+        expected = mean_of_five(raw_scores([*start, *IDS])[len(start) :], "padding=zero" in passes)
+        np.testing.assert_allclose(found, expected, atol=1.0 if "kv-cache" in passes else 1e-4)
+        assert not np.allclose(found, filter_scores(engine, IDS), atol=2.0)
+        kept = engine.shortened(IDS, prefix)
+        assert kept == [IDS[place] for place in choose_tokens(found, KEEP, range(len(IDS) - FORCED, len(IDS)))]
+        results = engine.generate([IDS, IDS[:KEEP], IDS[:5]], max_new_tokens=6, prefix=tmp_path / "prefix")
+        assert [one.kept_tokens for one in results] == [KEEP, KEEP, 5]
+        assert [one.prompt_tokens for one in results] == [len(IDS), KEEP, 5]
+        assert {one.prefix_tokens for one in results} == {len(start)}
+        whole = {"max_new_tokens": 6, "filter_prompt": False}
+        for result, read in zip(results, (kept, IDS[:KEEP], IDS[:5]), strict=True):
+            (direct,) = engine.generate([[*start, *read]], prefill_chunk=len(start), **whole)
+            assert result.token_ids == direct.token_ids
+        (unfiltered,) = engine.generate([IDS], prefix=prefix, **whole)
+        assert (unfiltered.kept_tokens, unfiltered.prefix_tokens) == (len(IDS), len(start))
+        assert unfiltered.token_ids != results[0].token_ids
+
+
+def test_a_prefix_counts_towards_the_limit_of_the_model(build: Build, tmp_path: Path) -> None:
+    with effc.load(build(FILTER)) as engine:
+        engine.write_prefix(IDS * 2, tmp_path / "prefix")
+        with pytest.raises(UsageError, match="prompt 0 has 93 tokens, the model takes at most 64"):
+            engine.generate([IDS], prefix=tmp_path / "prefix")
+
+
+def test_endless_engines_filter_what_the_model_has_positions_for(build: Build) -> None:
+    long = (IDS * 3)[:80]
+    with effc.load(build(ENDLESS)) as engine:
+        assert engine.cache_layout().endless
+        with pytest.raises(UsageError, match=r"80 tokens, the engine's filter takes at most 64.*no-filter-prompt"):
+            engine.generate([IDS, long], max_new_tokens=2)
+        whole = engine.generate([long], max_new_tokens=2, filter_prompt=False)
+        (result,) = engine.generate([long[:64]], max_new_tokens=60)
+    assert whole[0].kept_tokens == 80
+    assert (result.kept_tokens, len(result.token_ids)) == (KEEP, 60)
+
+
+def test_layers_that_see_a_window_only_do_not_score(build: Build) -> None:
+    with pytest.raises(ContractError, match="its window of 24 tokens hides the others"):
+        build("sparse-attention{scheme=window,sinks=2,recent=24}," + FILTER)
 
 
 @pytest.mark.parametrize("passes", [PIPELINES["plain"], PIPELINES["lossless"]], ids=["plain", "lossless"])
@@ -226,7 +280,7 @@ def test_damaged_filters_are_refused(build: Build, tmp_path: Path) -> None:
         with pytest.raises(EngineError, match=message):
             effc.load(damaged(name, change))
 
-    refused("path", lambda one: one["prompt_filter"].update(model="../x.onnx"), "leaves the engine folder")
+    refused("path", lambda one: one["prompt_filter"].update(model="../x.onnx"), "leaves its folder")
     refused("hash", lambda one: one["files"].pop("prompt_filter.onnx"), "no hash for prompt_filter.onnx")
     refused("graph", lambda one: one["prompt_filter"].update(model="model.onnx"), "not the filter of this engine")
     refused("key", lambda one: one["prompt_filter"].pop("keep"), "missing or malformed")
@@ -238,13 +292,20 @@ def test_damaged_filters_are_refused(build: Build, tmp_path: Path) -> None:
 
 def test_choosing_tokens() -> None:
     scores = np.array([5.0, 1, 9, 9, 9, 0, 2, 3], np.float32)
-    assert choose_tokens(scores, 3, 0).tolist() == [2, 3, 4]
-    assert choose_tokens(scores, 2, 0).tolist() == [2, 3]
-    assert choose_tokens(scores, 4, 2).tolist() == [0, 2, 6, 7]
-    assert choose_tokens(scores, 3, 2).tolist() == [0, 6, 7]
-    assert choose_tokens(scores, 8, 7).tolist() == list(range(8))
-    assert choose_tokens(scores[:1], 1, 0).tolist() == [0]
-    assert choose_tokens(-scores, 3, 0).tolist() == [1, 5, 6]
+    assert choose_tokens(scores, 3, []).tolist() == [2, 3, 4]
+    assert choose_tokens(scores, 2, []).tolist() == [2, 3]
+    assert choose_tokens(scores, 4, [0, 6, 7]).tolist() == [0, 2, 6, 7]
+    assert choose_tokens(scores, 3, [0, 6, 7]).tolist() == [0, 6, 7]
+    assert choose_tokens(scores, 8, [0, 7]).tolist() == list(range(8))
+    assert choose_tokens(scores[:1], 1, []).tolist() == [0]
+    assert choose_tokens(-scores, 3, []).tolist() == [1, 5, 6]
+
+
+def test_forced_places() -> None:
+    assert fixed_places(8, 2, True) == [0, 6, 7]
+    assert fixed_places(8, 2, False) == [6, 7]
+    assert fixed_places(8, 0, True) == fixed_places(8, 0, False) == []
+    assert fixed_places(2, 1, True) == [0, 1]
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -254,8 +315,8 @@ def test_chosen_tokens_are_the_best_of_those_not_forced(seed: int) -> None:
     keep = int(draw.integers(1, count))
     forced = int(draw.integers(0, keep))
     scores = draw.integers(0, 5, count).astype(np.float32)
-    chosen = choose_tokens(scores, keep, forced).tolist()
     fixed = {0, *range(count - forced, count)} if forced else set()
+    chosen = choose_tokens(scores, keep, sorted(fixed)).tolist()
     free = sorted(set(range(count)) - fixed, key=lambda place: (-scores[place], place))
     assert chosen == sorted(fixed | set(free[: keep - len(fixed)]))
     assert len(chosen) == keep

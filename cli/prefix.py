@@ -1,0 +1,43 @@
+"""`effc prefix`: the beginning of prompts, computed once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from effc.cli.options import engine_argument, json_option, threads_option
+from effc.cli.output import megabytes, print_json
+from effc.cli.texts import read_text
+from effc.errors import InputError
+
+
+@click.command("prefix")
+@engine_argument
+@click.option(
+    "--text",
+    "file",
+    type=click.File("r", encoding="utf-8"),
+    required=True,
+    metavar="FILE",
+    help="The text that prompts begin with; `-` is stdin.",
+)
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, metavar="DIR", help="Folder to write.")
+@click.option("--chat", is_flag=True, help="The text is the system message of chats: use the model's chat template.")
+@threads_option
+@json_option
+def command(engine: Path, file: Any, output: Path, chat: bool, threads: int | None, as_json: bool) -> None:
+    """Compute the cache of a text that many prompts begin with, for `effc generate ENGINE --prefix DIR`."""
+    text = read_text(file)
+    if not text:
+        raise InputError(f"{file.name}: is empty, there is nothing to compute.")
+    from effc.runtime.session import load
+
+    with load(engine, threads=threads) as opened:
+        result = opened.write_prefix(text, output, chat=chat)
+    if as_json:
+        print_json(result)
+    else:
+        size = megabytes(result["bytes"])
+        click.echo(f"{result['prefix']}: {result['tokens']} tokens, {size}, computed in {result['seconds']:.2f} s")

@@ -1,0 +1,26 @@
+// Storage `dense` with bounds of its blocks, for selection `pages`.
+#pragma once
+
+#include "cpu/dense_cache.h"
+#include "cpu/selection.h"
+
+namespace effc {
+
+class BoundedStorage : public DenseStorage {
+ public:
+  BoundedStorage(const AttentionForm& form, const SelectionSpec& selection)
+      : DenseStorage(form, 0), selection_(selection) {}
+
+  std::vector<CacheTensorForm> Tensors(int64_t batch) const override;
+  void CheckPast(const std::vector<CacheTensor>& past, int64_t tokens) const override;
+  std::vector<int64_t> Present(size_t index, const std::vector<int64_t>& past,
+                               int64_t total) const override;
+  void Step(const Kernels& kernels, const AttentionOperands& operands,
+            const std::vector<CacheTensor>& past, const std::vector<CacheTensor>& present,
+            const ParallelFunction& parallel, float* y) const override;
+
+ private:
+  SelectionSpec selection_;
+};
+
+}  // namespace effc
