@@ -52,8 +52,12 @@ def coded_weights(graph: ir.Graph) -> dict[ir.Value, None]:
 
 
 def _shared(values: Iterable[ir.Value]) -> Iterator[SharedWeight]:
+    """Where they lie; those without content lie in the graph's own file."""
     for value in values:
         tensor = value.const_value
+        assert tensor is not None
+        if not tensor.nbytes:
+            continue
         assert isinstance(tensor, ir.ExternalTensor) and tensor.offset is not None
         yield SharedWeight(
             str(value.name), tensor.dtype.numpy().name, list(tensor.shape.numpy()), tensor.offset, str(tensor.location)

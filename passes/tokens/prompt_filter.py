@@ -59,13 +59,18 @@ class PromptFilter(Pass):
     forced: int = field(default=64, metadata={"range": "0 or more, below keep"})
 
     def __post_init__(self) -> None:
-        limits = {"layer": (0, 10**6), "keep": (1, 2**31 - 1), "pool": (1, 255), "forced": (0, self.keep - 1)}
+        limits = {"layer": (0, 10**6), "keep": (1, 2**31 - 1), "pool": (1, 255)}
         for name, (low, high) in limits.items():
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
                 raise UsageError(f"{name} is {value}, it must be from {low} to {high}.")
         if self.pool % 2 == 0:
             raise UsageError(f"pool is {self.pool}, it must be an odd number.")
+        if not 0 <= self.forced < self.keep:
+            raise UsageError(
+                f"forced is {self.forced}, it must be from 0 to {self.keep - 1}: fewer tokens than the {self.keep} "
+                "of keep."
+            )
 
     def requires(self) -> Sequence[Pass]:
         """Attention and its cache must be one op."""
@@ -76,7 +81,7 @@ class PromptFilter(Pass):
         if program.prompt_filter is not None:
             return Match((), [LeftAlone("program", "its prompts are filtered already")])
         if program.task != Task.CAUSAL_LM:
-            return Match((), [LeftAlone("program", f"its task is {program.task}, it reads no prompts")])
+            return Match((), [LeftAlone("program", f"its task is {program.task}; prompts are read by causal-lm")])
         attentions = cached_attention_sites(program.graph)
         if not attentions:
             return Match((), other_attention(program, False))

@@ -87,7 +87,7 @@ def test_what_is_left_alone() -> None:
     assert reasons(changed(decoder(), options())) == ["its prompts are filtered already"]
     encoder = decoder()
     encoder.task = Task.ENCODER
-    assert reasons(encoder) == ["its task is encoder, it reads no prompts"]
+    assert reasons(encoder) == ["its task is encoder; prompts are read by causal-lm"]
     assert not options().apply(decoder(), ()).rewritten
 
 
@@ -111,7 +111,8 @@ def test_the_graph_of_the_model_is_as_it_was() -> None:
     ("given", "message"),
     [
         ({"keep": 0}, "keep is 0, it must be from 1"),
-        ({"keep": 64, "forced": 64}, "forced is 64, it must be from 0 to 63"),
+        ({"keep": 64, "forced": 64}, "forced is 64, it must be from 0 to 63: fewer tokens than the 64 of keep"),
+        ({"keep": 2, "forced": -1}, "forced is -1, it must be from 0 to 1"),
         ({"pool": 4}, "pool is 4, it must be an odd number"),
         ({"pool": 257}, "pool is 257"),
         ({"layer": -1}, "layer is -1"),
