@@ -254,6 +254,9 @@ def _prompt_filter(content: Mapping[str, Any] | None) -> PromptFilter | None:
     found = PromptFilter(**{**content, "weights": [SharedWeight(**weight) for weight in content["weights"]]})
     if not 0 <= found.forced < found.keep:
         raise TypeError(f"keep is {found.keep} and forced {found.forced}")
+    for weight in found.weights:
+        if not all(isinstance(number, int) and number >= 0 for number in (weight.offset, *weight.shape)):
+            raise TypeError(f"weight {weight.name!r} has the shape {weight.shape} and the offset {weight.offset!r}")
     return found
 
 

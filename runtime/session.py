@@ -18,7 +18,7 @@ from effc.runtime.bundle import CacheLayout, CachePort, Manifest, Port, check_fi
 from effc.runtime.embed import embed
 from effc.runtime.generate import Generation, generate
 from effc.runtime.kv_state import NUM_LOGITS, KvState, port_shape
-from effc.runtime.prefix import Prefix, open_prefix, write_prefix
+from effc.runtime.prefix import Prefix, open_prefix, start_from, write_prefix
 from effc.runtime.prompt_filter import PromptFilter
 from effc.runtime.shared_weights import SharedWeights
 from effc.runtime.tensors import check_feeds, storage_dtype, to_numpy, to_ort
@@ -265,13 +265,15 @@ class Engine:
 
         Args:
             ids: The prompt.
-            prefix: What it follows; the filter scores the prompt as it stands there, and keeps nothing out of it.
+            prefix: What it follows; the filter scores the prompt as it stands there.
 
         Raises:
-            UsageError: The engine was closed.
+            UsageError: The engine was closed, or the prefix is of another one.
             EngineError: The filter failed while running.
         """
         prompt_filter = self._prompt_filter if self.session else None
+        if prefix is not None:
+            start_from(self, prefix, chat=prefix.manifest.chat)
         return list(ids) if prompt_filter is None else prompt_filter.shortened(ids, prefix)
 
     def cache_layout(self) -> CacheLayout:

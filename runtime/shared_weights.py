@@ -52,7 +52,7 @@ class SharedWeights:
 def _tensor(folder: Path, content: np.memmap, weight: SharedWeight) -> ort.OrtValue:
     dtype = storage_dtype(weight.dtype)
     end = weight.offset + dtype.itemsize * int(np.prod(weight.shape, dtype=np.int64))
-    if weight.offset < 0 or end > len(content):
+    if end > len(content):
         raise EngineError(f"{folder / weight.file}: ends before weight {weight.name!r}. Build the engine again.")
     array = content[weight.offset : end].view(np.ndarray).view(dtype).reshape(weight.shape)
     return to_ort(array, weight.dtype)

@@ -169,6 +169,14 @@ def test_what_follows_a_prefix_is_shortened_where_it_stands(
         assert unfiltered.token_ids != results[0].token_ids
 
 
+def test_a_prefix_of_another_engine_is_refused(build: Build, tmp_path: Path) -> None:
+    with effc.load(build(PIPELINES["zero"])) as other:
+        other.write_prefix(IDS, tmp_path / "prefix")
+        prefix = other.open_prefix(tmp_path / "prefix")
+    with effc.load(build(FILTER)) as engine, pytest.raises(UsageError, match="was computed with another engine"):
+        engine.shortened(IDS, prefix)
+
+
 def test_a_prefix_counts_towards_the_limit_of_the_model(build: Build, tmp_path: Path) -> None:
     with effc.load(build(FILTER)) as engine:
         engine.write_prefix(IDS * 2, tmp_path / "prefix")
@@ -311,6 +319,8 @@ def test_damaged_filters_are_refused(build: Build, tmp_path: Path) -> None:
     weight = "prompt_filter", "weights"
     refused("file", lambda one: one[weight[0]][weight[1]][0].update(file="x.bin"), "is no file of it")
     refused("end", lambda one: one[weight[0]][weight[1]][0].update(offset=1 << 40), "ends before weight")
+    refused("offset", lambda one: one[weight[0]][weight[1]][0].update(offset=-1), "has the shape .* and the offset -1")
+    refused("shape", lambda one: one[weight[0]][weight[1]][0].update(shape=["n"]), "has the shape .'n'. and the offset")
     refused("forced", lambda one: one["prompt_filter"].update(forced=KEEP), "keep is 16 and forced 16")
 
 
