@@ -216,12 +216,14 @@ class OpenEngine:
             token_ids: list
             finish_reason: str = "length"
             prompt_tokens: int = 3
+            kept_tokens: int = 3
             prefill_seconds: float = 0.1
             decode_seconds: float = 0.2
             prefix_tokens: int = 0
 
         self.options = options
-        texts = [f"{prompt} and [more]" for prompt in prompts]
+        read = "" if options["filter_prompt"] else "all of "
+        texts = [f"{read}{prompt} and [more]" for prompt in prompts]
         for row, text in enumerate(texts):
             for piece in text.split(" ") if stream else ():
                 stream(row, piece)
@@ -249,6 +251,7 @@ def test_generate(effc, session, tmp_path) -> None:
     file = tmp_path / "prompt.txt"
     file.write_text("from a file", encoding="utf-8")
     assert effc("generate", "e", "--prompt-file", file).out == "from a file and [more]\n"
+    assert effc("generate", "e", "--prompt", "x", "--no-filter-prompt").out == "all of x and [more]\n"
     file.write_bytes(b"\xff\xfe")
     result = effc("generate", "e", "--prompt-file", file)
     assert result.code == 3

@@ -72,6 +72,16 @@ def test_a_plain_engine(manifest: dict, tmp_path: Path) -> None:
     check(text)
     assert "encoder engine for ort-cpu" in text
     assert "<h2>Speed" not in text
+    assert "shortened" not in text
+
+
+def test_an_engine_that_shortens_prompts(manifest: dict) -> None:
+    entry = {"model": "f.onnx", "layer": 5, "layers": 18, "keep": 1024, "forced": 64, "weights": []}
+    text = render_report({**manifest, "prompt_filter": entry})
+    check(text)
+    assert "more than 1024 tokens are shortened to as many, the first and the last 64 among them" in text
+    assert "layer 5 of 18" in text
+    assert "the first and" not in render_report({**manifest, "prompt_filter": {**entry, "forced": 0}})
 
 
 def test_everything_measured(manifest: dict) -> None:
