@@ -109,10 +109,12 @@ def cluster_ports(layout: CacheLayout) -> list[Port]:
 
 def empty_clusters(layout: CacheLayout) -> dict[str, np.ndarray]:
     """What is fed without a prefix: no clusters, so that everything is read."""
-    return {
-        port.name: np.zeros([size if isinstance(size, int) else 0 for size in port.shape], storage_dtype(port.dtype))
-        for port in cluster_ports(layout)
-    }
+    return {port.name: no_clusters(port) for port in cluster_ports(layout)}
+
+
+def no_clusters(port: Port) -> np.ndarray:
+    """What one of these inputs is fed then."""
+    return np.zeros([size if isinstance(size, int) else 0 for size in port.shape], storage_dtype(port.dtype))
 
 
 def check_clusters(layout: CacheLayout, clusters: Mapping[str, np.ndarray]) -> None:

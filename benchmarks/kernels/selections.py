@@ -1,11 +1,12 @@
 """Speed of decoding steps that read a part of the cache, beside steps that read all of it.
 
 Run: `python benchmarks/kernels/selections.py [--threads 2] [--rounds 9] [--heads 32/8] [--tokens 32768] [--budget 2048]
-[--storages fp32 bf16 int8 int4] [--selections pages topk]`
+[--storages fp32 bf16 int8 int4] [--selections pages topk clusters]`
 
 One new token over a full cache, in equal nodes that together overflow the caches of the processor. The variants take
 turns in one process. Bytes are those that a step needs: with `pages` bounds of all blocks, keys and values of those
-that are read; with `topk` all keys, and values of those that are read.
+that are read; with `topk` all keys, and values of those that are read; with `clusters` (of synthetic keys that lie in
+clusters) centroids of all parents, those of the clusters whose parents pass, keys and values of those that are read.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ import pytest
 
 import effc
 from effc.errors import EffcError, EngineError, UsageError
+from effc.kernels.read_log import logged_reads
 from effc.runtime.prefix_folder import MANIFEST
 from effc.runtime.session import Engine
 from effc.verify.steps import token_feed
@@ -104,6 +105,26 @@ def test_a_prefix_that_keeps_more_is_closer(folder: Path, tmp_path: Path) -> Non
     assert errors[2] < 1e-4
 
 
+@pytest.mark.parametrize("keep", [0.1, 0.3, 1.0])
+def test_steps_read_about_the_share_that_was_asked_for(plain: Path, tmp_path: Path, keep: float) -> None:
+    """And all tokens from the observed ones on; on random weights a token is like the last ones of the prefix."""
+    clustered = LENGTH - OBSERVED
+    with effc.load(plain) as engine:
+        engine.write_prefix(random_ids(LENGTH), tmp_path / "prefix", keep=keep)
+        with logged_reads() as found:
+            step_logits(engine, tmp_path / "prefix", random_ids(40, 5))
+    assert len(found) == 40 * 3 * 2
+    shares = []
+    for one in found:
+        seen = np.zeros(one.tokens, bool)
+        for begin, end in one.runs:
+            seen[begin:end] = True
+        assert seen[clustered:].all()
+        shares.append(seen[:clustered].mean())
+    assert 0.7 * keep < np.mean(shares) <= min(1, 1.4 * keep)
+    assert (np.std(shares) > 0.01) == (keep < 1)
+
+
 def test_smaller_clusters_are_closer(plain: Path, tmp_path: Path) -> None:
     ids, errors = random_ids(30, 5), []
     with effc.load(plain) as engine:
@@ -130,6 +151,21 @@ def test_short_prefixes(plain: Path, tmp_path: Path, length: int) -> None:
         engine.write_prefix(random_ids(length), tmp_path / "prefix", keep=1 if length > OBSERVED else 0.1)
         found = tokens(engine, PROMPTS, prefix=tmp_path / "prefix")
         assert found == [tokens(engine, [[*random_ids(length), *one]])[0] for one in PROMPTS]
+
+
+def test_prompts_are_shortened_after_a_prefix(model: Path, tmp_path: Path) -> None:
+    found = []
+    for name, selection in (("dense", ""), ("clusters", f",{CLUSTERS}")):
+        effc.optimize(
+            model, tmp_path / name, passes=f"prompt-filter{{layer=1,keep=16,forced=3}}{selection}", check=False
+        )
+        with effc.load(tmp_path / name) as engine:
+            options = {"keep": 1.0} if selection else {}
+            engine.write_prefix(random_ids(LENGTH), tmp_path / "prefix", **options)
+            (result,) = engine.generate([random_ids(60, 9)], max_new_tokens=NEW, prefix=tmp_path / "prefix")
+            assert result.kept_tokens == 16
+            found.append(result.token_ids)
+    assert found[0] == found[1]
 
 
 def test_a_prefix_is_the_same_each_time(plain: Path, tmp_path: Path) -> None:
