@@ -4,6 +4,7 @@
 
 #include "cpu/bounded_cache.h"
 #include "cpu/dense_cache.h"
+#include "cpu/evict_cache.h"
 #include "cpu/page_cache.h"
 #include "cpu/sink_cache.h"
 
@@ -87,13 +88,26 @@ PageCacheSpec ReadPages(const Attributes& attributes, const AttentionForm& form)
   return spec;
 }
 
+SelectionSpec ReadEvict(const Attributes& attributes, SelectionSpec spec) {
+  spec.sinks = Between(attributes, "select_sinks", 0, kLargestSize);
+  spec.recent = Between(attributes, "select_recent", 1, kLargestSize);
+  spec.budget = Between(attributes, "select_budget", spec.sinks + spec.recent, INT32_MAX / 2);
+  spec.pool = Between(attributes, "select_pool", 1, kMaxPage);
+  if (spec.pool % 2 == 0) {
+    throw Error("attribute 'select_pool' is " + std::to_string(spec.pool) + "; it must be odd");
+  }
+  return spec;
+}
+
 SelectionSpec ReadSelection(const Attributes& attributes, const AttentionForm& form) {
   SelectionSpec spec;
   spec.kind = OneOf<SelectionKind>(attributes, "selection",
                                    {{"all", SelectionKind::kAll},
                                     {"pages", SelectionKind::kPages},
-                                    {"window", SelectionKind::kWindow}});
+                                    {"window", SelectionKind::kWindow},
+                                    {"evict", SelectionKind::kEvict}});
   if (spec.kind == SelectionKind::kAll) return spec;
+  if (spec.kind == SelectionKind::kEvict) return ReadEvict(attributes, spec);
   if (spec.kind == SelectionKind::kWindow) {
     spec.sinks = Between(attributes, "select_sinks", 1, kBlockTokens);
     spec.positions = OneOf<FarPositions>(attributes, "select_positions",
@@ -119,6 +133,9 @@ SelectionSpec ReadSelection(const Attributes& attributes, const AttentionForm& f
 
 std::unique_ptr<CacheStorage> ReadDense(const AttentionForm& form, int64_t ring,
                                         const SelectionSpec& selection) {
+  if (selection.kind == SelectionKind::kEvict) {
+    return std::make_unique<EvictStorage>(form, ring, selection);
+  }
   if (selection.kind == SelectionKind::kWindow) {
     return std::make_unique<SinkStorage>(form, ring, selection);
   }
@@ -161,7 +178,8 @@ std::unique_ptr<CacheStorage> ReadStorage(const Attributes& attributes, const At
   const SelectionSpec selection = ReadSelection(attributes, form);
   if (storage == "dense") {
     const int64_t ring = Between(attributes, "ring", 0, INT32_MAX);
-    if (ring > 0 && (form.window == 0 || ring < form.window)) {
+    const bool slots = selection.kind != SelectionKind::kEvict;  // places belong to slots
+    if (slots && ring > 0 && (form.window == 0 || ring < form.window)) {
       throw Error("attribute 'ring' is " + std::to_string(ring) +
                   "; a ring must hold the window, which is " + std::to_string(form.window) +
                   (form.window == 0 ? " (none)" : ""));

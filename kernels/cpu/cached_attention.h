@@ -73,7 +73,8 @@ enum ThreadBuffer {
   kPageRows,
   kPageScratch,
   kPageQueries,
-  kFarQueries
+  kFarQueries,
+  kVotes
 };
 float* ThreadFloats(ThreadBuffer use, int64_t floats);
 

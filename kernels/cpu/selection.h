@@ -11,7 +11,7 @@
 
 namespace effc {
 
-enum class SelectionKind : int32_t { kAll, kPages, kWindow };
+enum class SelectionKind : int32_t { kAll, kPages, kWindow, kEvict };
 
 // How far sinks are from a query that reads them beyond its window.
 enum class FarPositions : int32_t {
@@ -22,7 +22,8 @@ enum class FarPositions : int32_t {
 
 // The attributes of a selection. kPages: a row's tokens before a step are `sinks` first ones, whole
 // blocks, and at least `recent` last ones; a step chooses among the blocks. kWindow: `sinks` first
-// ones are read besides the window.
+// ones are read besides the window. kEvict: the cache keeps `budget` tokens, `sinks` first and
+// `recent` last ones among them.
 struct SelectionSpec {
   SelectionKind kind = SelectionKind::kAll;
   int64_t sinks = 0;
@@ -32,10 +33,13 @@ struct SelectionSpec {
   float share = 0;          // of the blocks chosen, at least
   int64_t dense_below = 0;  // with fewer tokens everything is read
   FarPositions positions = FarPositions::kKeep;
+  int64_t pool = 1;  // kEvict: tokens over which votes are averaged, odd
   // Blocks to choose from, of a row with this many tokens before the step.
   int64_t Blocks(int64_t tokens) const {
     return std::max<int64_t>(0, tokens - sinks - recent) / block;
   }
+  // kEvict: tokens a cache has room for.
+  int64_t places() const { return budget + recent; }
   int64_t Wanted(int64_t blocks) const {
     const auto shared = static_cast<int64_t>(std::ceil(static_cast<double>(share) * blocks));
     return std::max({int64_t{1}, budget / block, shared});

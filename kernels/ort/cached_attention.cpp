@@ -14,6 +14,8 @@ const char* TypeName(Type type) {
       return "float32";
     case 2:
       return "uint8";
+    case kInt32:
+      return "int32";
     case kBool:
       return "bool";
     case 10:

@@ -19,6 +19,7 @@ TYPES = {
     np.dtype(np.float16): TensorProto.FLOAT16,
     np.dtype(ml_dtypes.bfloat16): TensorProto.BFLOAT16,
     np.dtype(np.uint8): TensorProto.UINT8,
+    np.dtype(np.int32): TensorProto.INT32,
     np.dtype(np.bool_): TensorProto.BOOL,
 }
 ALL_TOKENS: dict[str, object] = {
@@ -30,6 +31,7 @@ ALL_TOKENS: dict[str, object] = {
     "select_share": 0.0,
     "dense_below": 0,
     "select_positions": "none",
+    "select_pool": 0,
 }
 DENSE: dict[str, object] = ALL_TOKENS | {
     "storage": "dense",
