@@ -13,7 +13,7 @@ from effc.ir.analysis.cached_attention import (
     cached_attention_sites,
     is_cached_attention,
 )
-from effc.ir.dialect.token_selection import WindowSelection
+from effc.ir.dialect.selections import WindowSelection
 from effc.ir.program import Program
 from effc.runtime.bundle import CacheLayout, CachePort, Port
 

@@ -11,7 +11,7 @@ from effc.ir.analysis.layer_names import named_by_layer
 from effc.ir.dialect.base import DOMAIN
 from effc.ir.dialect.cache_storage import DenseStorage, Storage
 from effc.ir.dialect.cached_attention import AttentionForm, attention_form, cache_storage, past_values, token_selection
-from effc.ir.dialect.token_selection import TokenSelection
+from effc.ir.dialect.selections import TokenSelection
 
 REPORT_TOKENS = 8192
 """Length at which caches are reported."""

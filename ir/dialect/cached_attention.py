@@ -16,7 +16,7 @@ from onnx_ir.tape import Tape
 from effc.errors import InputError
 from effc.ir.dialect.base import DOMAIN, DialectOp
 from effc.ir.dialect.cache_storage import DenseStorage, HeadSizes, PageStorage, StateTensor, StaticStorage, Storage
-from effc.ir.dialect.token_selection import AllTokens, PageSelection, TokenSelection, WindowSelection
+from effc.ir.dialect.selections import SELECTIONS, AllTokens, PageSelection, TokenSelection, WindowSelection
 
 INT, FLOAT, STRING, INTS = (getattr(ir.AttributeType, name) for name in ("INT", "FLOAT", "STRING", "INTS"))
 OPERANDS = ("query", "key", "value", "valid", "bias", "cos", "sin")
@@ -253,15 +253,9 @@ def token_selection(node: ir.Node) -> TokenSelection:
         InputError: The selection is unknown, or an attribute is out of its range.
     """
     of, kind = node.attributes, node.attributes["selection"].as_string()
-    if kind == AllTokens.kind:
-        return AllTokens()
-    if kind == WindowSelection.kind:
-        return WindowSelection(of["select_sinks"].as_int(), of["select_positions"].as_string())
-    if kind != PageSelection.kind:
-        kinds = ", ".join(one.kind for one in (AllTokens, PageSelection, WindowSelection))
-        raise InputError(f"selection is {kind!r}, it must be one of {kinds}")
-    integers = {name: of[f"select_{name}"].as_int() for name in ("sinks", "recent", "block", "budget")}
-    return PageSelection(**integers, share=of["select_share"].as_float(), dense_below=of["dense_below"].as_int())
+    if kind not in SELECTIONS:
+        raise InputError(f"selection is {kind!r}, it must be one of {', '.join(SELECTIONS)}")
+    return SELECTIONS[kind].read(of)
 
 
 def cache_tensors(form: AttentionForm, storage: Storage, selection: TokenSelection) -> tuple[StateTensor, ...]:
@@ -365,8 +359,7 @@ def _check_constants(
     if isinstance(storage, StaticStorage):
         sizes = {"key scale": form.head_size, "value scale": form.value_size}
         wanted = {name: (1, form.kv_heads, 1, size) for name, size in sizes.items()}
-    if isinstance(selection, WindowSelection) and selection.positions != "keep":
-        wanted = dict.fromkeys(("far cos", "far sin"), ("batch", 1, form.rotary_size // 2))
+    wanted |= selection.constants(form)
     if len(constants) != len(wanted):
         kinds = f"storage={storage.kind} with selection={selection.kind}"
         raise InputError(f"{kinds} has {len(wanted)} inputs behind its cache, there are {len(constants)}")

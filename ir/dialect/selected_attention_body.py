@@ -9,7 +9,7 @@ from onnx_ir.tape import Tape
 from effc.ir.dialect.cache_storage import DenseStorage
 from effc.ir.dialect.cached_attention import AttentionForm, past_values
 from effc.ir.dialect.cached_attention_body import DenseBody
-from effc.ir.dialect.token_selection import PageSelection
+from effc.ir.dialect.selections import PageSelection
 
 HIDDEN = float(np.finfo(np.float32).min)
 

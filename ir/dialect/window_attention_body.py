@@ -9,7 +9,7 @@ from onnx_ir.tape import Tape
 from effc.ir.dialect.cache_storage import DenseStorage
 from effc.ir.dialect.cached_attention import AttentionForm, constant_values, past_values
 from effc.ir.dialect.cached_attention_body import DenseBody
-from effc.ir.dialect.token_selection import WindowSelection
+from effc.ir.dialect.selections import WindowSelection
 
 
 class WindowBody(DenseBody):

@@ -9,7 +9,7 @@ import onnx_ir as ir
 from effc.ir.analysis.cached_attention import CachedAttentionSite
 from effc.ir.dialect.cache_storage import StateTensor, Storage
 from effc.ir.dialect.cached_attention import AttentionForm, cache_tensors, cached_attention
-from effc.ir.dialect.token_selection import TokenSelection
+from effc.ir.dialect.selections import TokenSelection
 
 
 def change_cache(

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 from effc.errors import InputError, UsageError
 from effc.ir.analysis.cached_attention import CachedAttentionSite, cache_figures, cached_attention_sites
 from effc.ir.dialect.cache_storage import BITS, LANE_BLOCK, DenseStorage, StaticStorage, Storage
-from effc.ir.dialect.token_selection import AllTokens
+from effc.ir.dialect.selections import AllTokens
 from effc.ir.program import Program
 from effc.passes.attention.cache_change import cache_prefix, change_cache
 from effc.passes.attention.cache_schemes import DTYPES, SCHEMES, Scheme

@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
 from typing import ClassVar, Literal
 
-from effc.errors import InputError, UsageError
+from effc.errors import UsageError
 from effc.ir.analysis.cached_attention import CachedAttentionSite, cached_attention_sites, selection_figures
-from effc.ir.dialect.cache_storage import DenseStorage, PageStorage, Storage
-from effc.ir.dialect.cached_attention import AttentionForm
-from effc.ir.dialect.token_selection import AllTokens, PageSelection, TokenSelection, WindowSelection
+from effc.ir.dialect.selections import AllTokens
 from effc.ir.program import Program
 from effc.passes.attention.cache_change import change_cache
 from effc.passes.attention.cached_attention import CachedAttention
 from effc.passes.attention.far_angles import FarAngles
 from effc.passes.attention.raising import other_attention
+from effc.passes.attention.selection_schemes import SCHEMES, Change, SelectionScheme
 from effc.passes.base import Contract, LeftAlone, Match, Pass, PassReport, Site
 from effc.passes.canonical.simplify import simplify_program
 
-BUDGET, WINDOW = 1024, 1024
-SINKS, RECENT, BLOCK = 4, 32, 16
-FIRST = {"pages": 2, "window": 0}
 LIMITS = {
     "budget": (0, 2**31 - 1),
     "block": (1, 256),
@@ -32,18 +28,8 @@ LIMITS = {
     "first": (0, 10**6),
     "last": (0, 10**6),
 }
-IGNORED = {"pages": ("positions",), "window": ("budget", "share", "block", "dense_below")}
-"""Scheme -> options it does not have."""
-
-
-@dataclass(frozen=True)
-class Change:
-    """What a layer becomes, and the position of queries that meet far sinks where that is not their own."""
-
-    form: AttentionForm
-    storage: Storage
-    selection: TokenSelection
-    far: int | None = None
+LAYERS = ("scheme", "first", "last", "skip")
+"""Options that every scheme has."""
 
 
 @dataclass(frozen=True)
@@ -110,29 +96,30 @@ class SparseAttention(Pass):
                 raise UsageError(f"{name.replace('_', '-')} is {value}, it must be from {low} to {high}.")
         if self.share is not None and not 0 < self.share <= 1:
             raise UsageError(f"share is {self.share}, it must be above 0 and at most 1.")
-        given = [name for name in IGNORED[self.scheme] if getattr(self, name) is not None]
-        if given:
-            raise UsageError(f"scheme={self.scheme} has no {given[0].replace('_', '-')}. Leave the option out.")
-        if self.scheme == "window":
-            if self.recent == 0:
-                raise UsageError("recent is 0, scheme=window needs at least 1.")
-            try:
-                self._window()
-            except InputError as error:
-                raise UsageError(f"sparse-attention: {error}.") from error
+        self._scheme()
+
+    def _scheme(self) -> SelectionScheme:
+        """The scheme with the options that were given."""
+        scheme = SCHEMES[self.scheme]
+        known = {one.name for one in fields(scheme)}
+        names = [one.name for one in fields(self) if one.name not in LAYERS]
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        for name in given:
+            if name not in known:
+                raise UsageError(f"scheme={self.scheme} has no {name.replace('_', '-')}. Leave the option out.")
+        return scheme(**given)
 
     def requires(self) -> Sequence[Pass]:
         """Attention and its cache must be one op, which rotates where it is to move sinks."""
-        moves = self.scheme == "window" and self._window().positions != "keep"
-        return (CachedAttention(rotary="inside" if moves else "outside"),)
+        return (CachedAttention(rotary="inside" if self._scheme().rotates else "outside"),)
 
     def match(self, program: Program) -> Match:
         """Find every layer that the selection can read."""
         sites, left = [], []
         attentions = cached_attention_sites(program.graph)
-        angles = FarAngles(program.graph)
+        angles, scheme = FarAngles(program.graph), self._scheme()
         for index, attention in enumerate(attentions):
-            change = self._change(attention)
+            change = scheme.change(attention)
             reason = self._skipped(attention, index, len(attentions)) or self._reason(attention, change, angles)
             if reason:
                 left.append(LeftAlone(attention.name, reason))
@@ -157,39 +144,11 @@ class SparseAttention(Pass):
         layers = [selection_figures(site) for site in cached_attention_sites(program.graph)]
         return PassReport([site.name for site in sites], details={"selection": layers})
 
-    def _change(self, site: CachedAttentionSite) -> Change:
-        """What a layer would become."""
-        if self.scheme == "pages":
-            return Change(site.form, site.storage, self._pages(site))
-        selection, recent = self._window(), WINDOW if self.recent is None else self.recent
-        storage = site.storage
-        if isinstance(storage, DenseStorage) and not site.form.window:
-            storage = DenseStorage(storage.dtype, recent)
-        return Change(replace(site.form, window=recent), storage, selection, selection.far_position(recent))
-
-    def _window(self) -> WindowSelection:
-        return WindowSelection(SINKS if self.sinks is None else self.sinks, self.positions or "compact")
-
-    def _pages(self, site: CachedAttentionSite) -> PageSelection:
-        """The selection of a layer; a coded cache brings its sinks, recent tokens and pages."""
-        sinks, recent, block = SINKS, RECENT, BLOCK
-        if isinstance(site.storage, PageStorage):
-            sinks, recent, block = site.storage.sinks, site.storage.recent, site.storage.page
-        budget = self.budget if self.budget is not None else 0 if self.share is not None else BUDGET
-        return PageSelection(
-            sinks=sinks if self.sinks is None else self.sinks,
-            recent=recent if self.recent is None else self.recent,
-            block=block if self.block is None else self.block,
-            budget=budget,
-            share=self.share or 0.0,
-            dense_below=self.dense_below or 0,
-        )
-
     def _skipped(self, site: CachedAttentionSite, index: int, count: int) -> str:
         """Why the options leave a layer alone; empty when they do not."""
         if any(fnmatchcase(site.name, pattern) for pattern in self.skip):
             return "skipped by the option `skip`"
-        first = FIRST[self.scheme] if self.first is None else self.first
+        first = SCHEMES[self.scheme].first if self.first is None else self.first
         return "skipped by the options `first` and `last`" if index < first or index >= count - self.last else ""
 
     def _reason(self, site: CachedAttentionSite, change: Change, angles: FarAngles) -> str:

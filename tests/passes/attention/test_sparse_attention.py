@@ -13,7 +13,7 @@ from effc.errors import InputError, UsageError
 from effc.ir.analysis.cached_attention import cached_attention_sites
 from effc.ir.dialect.cached_attention import constant_values
 from effc.ir.dialect.inline import inline_dialect
-from effc.ir.dialect.token_selection import AllTokens, PageSelection, WindowSelection
+from effc.ir.dialect.selections import AllTokens, PageSelection, WindowSelection
 from effc.ir.program import Program
 from effc.passes.attention.cached_attention import CachedAttention
 from effc.passes.attention.kv_cache import KvCache

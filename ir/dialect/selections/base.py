@@ -1,0 +1,60 @@
+"""What a selection of `CachedAttention` is: which cached tokens a step reads."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar, Self
+
+import onnx_ir as ir
+
+from effc.errors import InputError
+from effc.ir.dialect.cache_storage import HeadSizes, StateTensor, Storage
+
+if TYPE_CHECKING:
+    from effc.ir.dialect.cached_attention import AttentionForm
+
+
+class TokenSelection(ABC):
+    """A selection: frozen, checked when it is made.
+
+    Class attributes:
+        kind: Value of the attribute `selection`.
+    """
+
+    kind: ClassVar[str]
+
+    @classmethod
+    @abstractmethod
+    def read(cls, attributes: Mapping[str, ir.Attr]) -> Self:
+        """The selection of a node with these attributes.
+
+        Raises:
+            InputError: A value that the op does not have.
+        """
+
+    @abstractmethod
+    def attributes(self) -> dict[str, int | float | str]:
+        """The attributes that are not those of no selection."""
+
+    @abstractmethod
+    def tensors(self, storage: Storage, sizes: HeadSizes) -> tuple[StateTensor, ...]:
+        """What it carries from step to step, after the tensors of the storage."""
+
+    def constants(self, form: AttentionForm) -> dict[str, tuple[int | str, ...]]:
+        """Names and axes of its inputs behind the cache."""
+        return {}
+
+    @abstractmethod
+    def reason_against(self, form: AttentionForm, storage: Storage) -> str:
+        """Why an attention without a bias cannot have it; empty when it can."""
+
+    @abstractmethod
+    def read_at(self, tokens: int) -> int:
+        """Tokens that a step of one token reads of this many in the cache."""
+
+
+def require(holds: bool, problem: str) -> None:
+    """Raise InputError with the problem unless it holds."""
+    if not holds:
+        raise InputError(problem)

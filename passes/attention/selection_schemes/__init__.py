@@ -1,0 +1,12 @@
+"""The schemes of `sparse-attention`, one file each."""
+
+from __future__ import annotations
+
+from effc.passes.attention.selection_schemes.base import Change, SelectionScheme
+from effc.passes.attention.selection_schemes.pages import PagesScheme
+from effc.passes.attention.selection_schemes.window import WindowScheme
+
+SCHEMES: dict[str, type[SelectionScheme]] = {"pages": PagesScheme, "window": WindowScheme}
+"""Option `scheme` of the pass -> its class."""
+
+__all__ = ["SCHEMES", "Change", "SelectionScheme"]
