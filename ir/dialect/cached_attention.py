@@ -45,6 +45,7 @@ NO_SELECTION: dict[str, int | float | str] = {
     "select_share": 0.0,
     "dense_below": 0,
     "select_positions": "none",
+    "select_pool": 0,
 }
 """Attributes of selections, as those without them have them."""
 
@@ -97,7 +98,7 @@ class AttentionForm:
     @property
     def sizes(self) -> HeadSizes:
         """Sizes the cache depends on."""
-        return HeadSizes(self.kv_heads, self.head_size, self.value_size)
+        return HeadSizes(self.kv_heads, self.head_size, self.value_size, self.heads // self.kv_heads)
 
 
 class CachedAttention(DialectOp):
@@ -156,13 +157,15 @@ class CachedAttention(DialectOp):
             return SelectedBody(node, tape, form, storage, selection).record()
         if isinstance(storage, DenseStorage) and isinstance(selection, WindowSelection):
             return WindowBody(node, tape, form, storage, selection).record()
-        if isinstance(storage, DenseStorage):
+        if isinstance(storage, DenseStorage) and isinstance(selection, AllTokens):
             return DenseBody(node, tape, form, storage).record()
         if isinstance(storage, StaticStorage):
             return StaticBody(node, tape, form, storage).record()
+        dense = isinstance(storage, DenseStorage)
+        what = f"selection={selection.kind}" if dense else f"storage={storage.kind}"
         raise InputError(
-            f"node {node.name!r}: CachedAttention with storage={storage.kind} has no body in standard ops, so a "
-            "portable engine cannot have it. Write a native engine, or leave the pass kv-cache out."
+            f"node {node.name!r}: CachedAttention with {what} has no body in standard ops, so a portable engine cannot "
+            f"have it. Write a native engine, or leave the pass {'sparse-attention' if dense else 'kv-cache'} out."
         )
 
 
@@ -337,10 +340,9 @@ def _check_operands(node: ir.Node, form: AttentionForm, storage: Storage, select
     for name, value, width in zip(OPERANDS, node.inputs, widths):
         _check_axes(name, value, ("batch", "seq", width))
     _check_axes("valid", node.inputs[3], ("batch", "total"))
-    if isinstance(storage, DenseStorage) and storage.ring and not 0 < form.window <= storage.ring:
-        raise InputError(
-            f"a ring of {storage.ring} places needs a window from 1 to {storage.ring}, it is {form.window}"
-        )
+    ring = storage.ring if isinstance(storage, DenseStorage) and selection.keeps_slots else 0
+    if ring and not 0 < form.window <= ring:
+        raise InputError(f"a ring of {ring} places needs a window from 1 to {ring}, it is {form.window}")
     past, expected = past_values(node), cache_tensors(form, storage, selection)
     if len(past) != len(expected) or len(node.outputs) != 1 + len(past):
         kinds = f"storage={storage.kind} with selection={selection.kind}"

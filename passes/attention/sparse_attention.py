@@ -24,6 +24,7 @@ LIMITS = {
     "block": (1, 256),
     "sinks": (0, 1024),
     "recent": (0, 2**20),
+    "pool": (1, 255),
     "dense_below": (0, 2**31 - 1),
     "first": (0, 10**6),
     "last": (0, 10**6),
@@ -39,8 +40,9 @@ class SparseAttention(Pass):
     `pages`: a step of one new token chooses the blocks of tokens that may get much attention, anew for every token.
     Nothing is dropped: every token stays in the cache, at its position, and may be read by a later step; prompts are
     read in full. `window`: every token reads the last ones and the first ones only, so that memory and time stay
-    constant however long the text gets; what leaves the window is gone. `docs/sparse-attention.md` has what both cost
-    and save.
+    constant however long the text gets; what leaves the window is gone. `evict`: the cache has room for a constant
+    number of tokens; when it is full, those that the last queries attend to stay and the others are gone. A prompt
+    that is read in one step is read in full. `docs/sparse-attention.md` has what they cost and save.
 
     Before:
 
@@ -58,16 +60,21 @@ class SparseAttention(Pass):
 
     Attributes:
         scheme: `pages`: blocks of tokens by the least and the largest element of every key channel (Quest). `window`:
-            the last tokens in a ring and the first ones (StreamingLLM, LM-Infinite).
-        budget: `pages`: tokens in blocks that a step reads, at least; None: 1024, and 0 with `share`.
+            the last tokens in a ring and the first ones (StreamingLLM, LM-Infinite). `evict`: those that the last
+            queries attend to, the others dropped (SnapKV).
+        budget: `pages`: tokens in blocks that a step reads, at least; None: 1024, and 0 with `share`. `evict`:
+            tokens that stay when the cache is full, sinks and recent ones included; None: 2048.
         share: `pages`: share of the blocks that a step reads, at least.
         block: `pages`: tokens of a block of a dense cache; None: 16. A coded cache has its pages.
         sinks: Tokens at the start that every step reads; None: 4, or as the coded cache keeps them.
         recent: Tokens at the end that every step reads: with `pages` at least so many, None: 32, or as the coded cache
-            keeps them; with `window` exactly so many, the new one included, None: 1024.
+            keeps them; with `window` exactly so many, the new one included, None: 1024; with `evict`
+            those whose queries choose what stays, None: 32.
         positions: `window`: how far the sinks are from a query that reads them beyond its window. `compact`: as if they
             came right before the window (StreamingLLM). `cap`: as far as the window is long (LM-Infinite). `keep`: as
             far as they are, which a model knows only up to the length it was trained on. None: `compact`.
+        pool: `evict`: tokens over which the attention is averaged before the best ones are chosen, odd; None: 5.
+        pyramid: `evict`: budgets that fall from layer to layer, `budget` on average (PyramidKV); None: all alike.
         dense_below: `pages`: with fewer cached tokens than this, everything is read.
         first: Layers at the start that are left alone; None: 2 with `pages`, since attention is spread most widely
             there, else 0.
@@ -77,13 +84,15 @@ class SparseAttention(Pass):
 
     name: ClassVar[str] = "sparse-attention"
     contract: ClassVar[Contract] = Contract.APPROXIMATE
-    scheme: Literal["pages", "window"] = "pages"
+    scheme: Literal["pages", "window", "evict"] = "pages"
     budget: int | None = field(default=None, metadata={"range": "0 or more"})
     share: float | None = field(default=None, metadata={"range": "above 0, to 1"})
     block: int | None = field(default=None, metadata={"range": "1 to 256"})
     sinks: int | None = field(default=None, metadata={"range": "0 to 1024; window: 1 to 128"})
     recent: int | None = field(default=None, metadata={"range": "0 to 1048576"})
     positions: Literal["compact", "cap", "keep"] | None = None
+    pool: int | None = field(default=None, metadata={"range": "1 to 255, odd"})
+    pyramid: bool | None = None
     dense_below: int | None = field(default=None, metadata={"range": "0 or more"})
     first: int | None = field(default=None, metadata={"range": "0 or more"})
     last: int = field(default=0, metadata={"range": "0 or more"})
@@ -119,7 +128,7 @@ class SparseAttention(Pass):
         attentions = cached_attention_sites(program.graph)
         angles, scheme = FarAngles(program.graph), self._scheme()
         for index, attention in enumerate(attentions):
-            change = scheme.change(attention)
+            change = scheme.for_layer(index, len(attentions)).change(attention)
             reason = self._skipped(attention, index, len(attentions)) or self._reason(attention, change, angles)
             if reason:
                 left.append(LeftAlone(attention.name, reason))

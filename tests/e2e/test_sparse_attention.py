@@ -69,6 +69,8 @@ def dense(model: Path, tmp_path_factory: pytest.TempPathFactory, ids: np.ndarray
         ("sparse-attention{scheme=window,recent=200}", 1e-5),
         ("sparse-attention{scheme=window,recent=64}", 0.5),
         ("stored-weights{min-bytes=0},sparse-attention{scheme=window,recent=64,positions=cap}", 0.5),
+        ("sparse-attention{scheme=evict,budget=150}", 1e-5),
+        ("kv-cache{scheme=dense},sparse-attention{scheme=evict,budget=64,recent=16}", 0.3),
     ],
 )
 def test_close_to_dense(
@@ -100,6 +102,21 @@ def test_an_endless_engine(model: Path, tmp_path: Path, positions: str) -> None:
     period = np.tile(np.random.default_rng(1).integers(0, VOCABULARY, 50), 20)[None]
     late = logits(engine, period, 1)[0]
     np.testing.assert_allclose(late[600:650], late[900:950], atol=2e-3)
+
+
+def test_a_cache_of_constant_size(model: Path, tmp_path: Path) -> None:
+    """Rows of different lengths, with padding, get what they get alone; the limit of the model stays."""
+    engine = build(model, tmp_path / "engine", "sparse-attention{scheme=evict,budget=40,recent=8}")
+    layout = engine.manifest.cache
+    assert layout is not None
+    assert token_limit(engine.manifest) == LIMIT
+    sizes = {sum(cache_bytes(layout, length).values()) for length in (1, 100, 100_000)}
+    assert sizes == {3 * 2 * (48 * (2 * 16 * 4 + 4) + 8 * 2 * 16 * 4)} == {3 * layout.layers[0]["bytes"]}
+    prompts = [list(range(1, 90)), [5, 6, 7], list(range(20, 60))]
+    together = engine.generate(prompts, max_new_tokens=60)
+    assert [len(one.token_ids) for one in together] == [60] * 3
+    for prompt, one in zip(prompts, together, strict=True):
+        assert engine.generate([prompt], max_new_tokens=60)[0].token_ids == one.token_ids
 
 
 def test_a_window_at_its_own_positions_is_not_endless(model: Path, tmp_path: Path) -> None:

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 from effc.ir.dialect.selections.all_tokens import AllTokens
 from effc.ir.dialect.selections.base import TokenSelection
+from effc.ir.dialect.selections.evict import EvictSelection
 from effc.ir.dialect.selections.pages import PageSelection
 from effc.ir.dialect.selections.window import WindowSelection
 
-SELECTIONS: dict[str, type[TokenSelection]] = {one.kind: one for one in (AllTokens, PageSelection, WindowSelection)}
+SELECTIONS: dict[str, type[TokenSelection]] = {
+    one.kind: one for one in (AllTokens, PageSelection, WindowSelection, EvictSelection)
+}
 """Value of the attribute `selection` -> its class."""
 
-__all__ = ["SELECTIONS", "AllTokens", "PageSelection", "TokenSelection", "WindowSelection"]
+__all__ = ["SELECTIONS", "AllTokens", "EvictSelection", "PageSelection", "TokenSelection", "WindowSelection"]

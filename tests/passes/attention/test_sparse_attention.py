@@ -13,7 +13,7 @@ from effc.errors import InputError, UsageError
 from effc.ir.analysis.cached_attention import cached_attention_sites
 from effc.ir.dialect.cached_attention import constant_values
 from effc.ir.dialect.inline import inline_dialect
-from effc.ir.dialect.selections import AllTokens, PageSelection, WindowSelection
+from effc.ir.dialect.selections import AllTokens, EvictSelection, PageSelection, WindowSelection
 from effc.ir.program import Program
 from effc.passes.attention.cached_attention import CachedAttention
 from effc.passes.attention.kv_cache import KvCache
@@ -96,6 +96,12 @@ def test_figures_of_the_report() -> None:
         ({"scheme": "window", "recent": 0}, "recent is 0"),
         ({"scheme": "window", "sinks": 0}, "sinks is 0"),
         ({"scheme": "window", "sinks": 129}, "sinks is 129"),
+        ({"pool": 5}, "scheme=pages has no pool"),
+        ({"scheme": "evict", "share": 0.5}, "scheme=evict has no share"),
+        ({"scheme": "evict", "budget": 35}, "budget is 35, it must be from sinks \\+ recent = 36"),
+        ({"scheme": "evict", "recent": 0}, "recent is 0"),
+        ({"scheme": "evict", "pool": 4}, "pool is 4, it must be odd"),
+        ({"scheme": "evict", "pyramid": True, "budget": 111}, "at least recent \\+ 20 \\* sinks = 112"),
     ],
     ids=str,
 )
@@ -106,7 +112,11 @@ def test_options_outside_their_ranges(options: dict[str, Any], message: str) -> 
 
 @pytest.mark.parametrize(
     "one",
-    [SparseAttention(budget=512, block=32, skip=("*0", "*1")), SparseAttention("window", recent=9, positions="cap")],
+    [
+        SparseAttention(budget=512, block=32, skip=("*0", "*1")),
+        SparseAttention("window", recent=9, positions="cap"),
+        SparseAttention("evict", budget=300, pool=7, pyramid=True),
+    ],
 )
 def test_pipeline_text(one: SparseAttention) -> None:
     assert parse_pipeline(format_pipeline([one])) == (one,)
@@ -166,6 +176,52 @@ def test_a_window_longer_than_the_text_is_dense() -> None:
     program = decoder(rotary=True)
     found = run_steps(changed(program, SparseAttention("window", recent=400)), WINDOW_STEPS)
     np.testing.assert_allclose(found, run_steps(program, WINDOW_STEPS), atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_cache_that_evicts(dtype: str) -> None:
+    options = SparseAttention("evict", budget=40, recent=8)
+    stored = changed(decoder(2, rotary=True), KvCache("dense", dtype=dtype))  # type: ignore[arg-type]
+    program = changed(stored, options)
+    (site, _) = cached_attention_sites(program.graph)
+    assert site.selection == EvictSelection(40, sinks=4, recent=8, pool=5)
+    shapes = {str(past.name): (past.dtype, [str(axis) for axis in past.shape]) for past, _ in program.cache_pairs()}
+    tokens = site.storage.dtype  # type: ignore[attr-defined]
+    assert {name: shapes[name] for name in shapes if ".0." in name} == {
+        "past_key_values.0.key": (tokens, ["batch", "2", "48", "32"]),
+        "past_key_values.0.value": (tokens, ["batch", "2", "48", "32"]),
+        "past_key_values.0.token": (ir.DataType.INT32, ["batch", "2", "48"]),
+        "past_key_values.0.query": (ir.DataType.FLOAT, ["batch", "2", "8", "64"]),
+    }
+    found, dense = run_steps(program, WINDOW_STEPS), run_steps(stored, WINDOW_STEPS)
+    np.testing.assert_allclose(found[:, :93], dense[:, :93], atol=1e-6)
+    assert np.abs(found - dense)[:, 93:].max() > 0.05
+    roomy = changed(stored, SparseAttention("evict", budget=300))
+    assert np.array_equal(run_steps(roomy, WINDOW_STEPS), dense)
+    with pytest.raises(InputError, match="selection=evict has no body"):
+        inline_dialect(program.model)
+
+
+def test_a_pyramid_of_budgets() -> None:
+    """The layers that PyramidKV has with 32 layers, 2048 tokens and a window of 32."""
+    program = decoder(32)
+    options = SparseAttention("evict", pyramid=True)
+    report = options.apply(program, options.match(program).sites)
+    budgets = [layer["select_budget"] for layer in report.details["selection"]]
+    assert (budgets[0], budgets[-1]) == (3932 + 32, 119 + 32)
+    assert {a - b for a, b in zip(budgets, budgets[1:])} == {123}
+    reads = report.details["selection"][31]["reads"]
+    assert reads == {"2048": 183, "8192": 183, "32768": 183}
+    (single,) = cached_attention_sites(changed(decoder(), options).graph)
+    assert single.selection == EvictSelection()
+
+
+def test_caches_that_cannot_evict() -> None:
+    evict = SparseAttention("evict")
+    assert "which keeps every token" in reasons(changed(decoder(), KvCache("int8")), evict)[0]
+    assert reasons(decoder(windows=(150,)), evict) == ["its window of 150 tokens bounds what it reads"]
+    assert "numbers added to the scores" in reasons(decoder(bias=True), evict)[0]
+    assert reasons(changed(decoder(), evict), evict) == ["it has selection=evict already"]
 
 
 def test_windows_that_there_cannot_be() -> None:
