@@ -227,7 +227,8 @@ def cached_node_runner(
     case: Case, variant: Variant, caches: dict[str, np.ndarray], count: int, threads: int
 ) -> Callable[[], float]:
     """Runs so many nodes with their caches, whose names end in the number of the node."""
-    types = {dtype: type_ for type_, dtype in DTYPES.items()} | {np.dtype(np.uint8): TensorProto.UINT8}
+    types = {dtype: type_ for type_, dtype in DTYPES.items()}
+    types |= {np.dtype(np.uint8): TensorProto.UINT8, np.dtype(np.int32): TensorProto.INT32}
     nodes, inputs, outputs = [], [], []
     for name, array in caches.items():
         inputs.append(value(f"past_{name}", types[array.dtype], array.shape))

@@ -4,7 +4,8 @@ Run: `python benchmarks/kernels/selections.py [--threads 2] [--rounds 9] [--head
 [--storages fp32 bf16 int8 int4]`
 
 One new token over a full cache, in equal nodes that together overflow the caches of the processor. The variants take
-turns in one process. Bytes are those that a step needs: bounds of all blocks, keys and values of those that are read.
+turns in one process. Bytes are those that a step needs: bounds of all blocks, keys and values of those that are read. A
+time of `evict` is the mean of as many steps as lie between two times that the cache is full.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from effc import kernels
 
 NODES = 4
 SINKS, RECENT, BLOCK = 4, 32, 16
+DROPPED = 128  # tokens that a full cache drops
 
 
 def selected(variant: Variant, budget: int) -> Variant:
@@ -32,6 +34,13 @@ def selected(variant: Variant, budget: int) -> Variant:
     )
     attributes = {"selection": "pages", "select_sinks": sinks, "select_recent": recent, "select_block": block}
     return replace(variant, attributes=variant.attributes | attributes | {"select_budget": budget})
+
+
+def evicting(variant: Variant, budget: int) -> Variant:
+    """The variant with a cache that drops tokens."""
+    attributes = {"selection": "evict", "select_sinks": SINKS, "select_recent": RECENT, "select_pool": 5}
+    places = {"ring": budget + DROPPED, "select_budget": budget, "select_block": DROPPED}
+    return replace(variant, attributes=variant.attributes | attributes | places)
 
 
 def first_node(caches: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -56,8 +65,28 @@ def caches_of(case: Case, variant: Variant) -> dict[str, np.ndarray]:
     return caches
 
 
+def evict_caches(case: Case, variant: Variant, budget: int) -> dict[str, np.ndarray]:
+    """Random caches of one node that hold `budget` of the tokens so far."""
+    rng = np.random.default_rng(3)
+    caches = first_node(dense_caches(replace(case, total=budget + DROPPED), DTYPES[variant.type]))
+    last = np.arange(case.total - 1 - RECENT, case.total - 1)
+    kept = [np.sort(rng.choice(last[0], budget - RECENT, replace=False)) for _ in range(case.kv_heads)]
+    numbers = np.array([np.concatenate([one, last]) + 1 for one in kept], np.int32)
+    caches["t0"] = np.pad(numbers, ((0, 0), (0, DROPPED)))[None]
+    width = case.heads // case.kv_heads * SIZE
+    caches["q0"] = rng.standard_normal((1, case.kv_heads, RECENT, width), dtype=np.float32)
+    return caches
+
+
+def mean_of(run: Callable[[], float], count: int) -> Callable[[], float]:
+    """Runs so many times, for the mean."""
+    return lambda: statistics.fmean(run() for _ in range(count))
+
+
 def bytes_needed(case: Case, variant: Variant, caches: dict[str, np.ndarray], budget: int) -> float:
     """Bytes a step of one node needs."""
+    if variant.attributes.get("selection") == "evict":
+        return float(sum(caches[name].nbytes for name in ("k0", "v0")))
     if "page" not in variant.attributes:
         tokens = case.total
         bounds = 0.0
@@ -79,13 +108,17 @@ def measure(case: Case, storages: list[str], budget: int, threads: int, rounds: 
     for name in storages:
         variants[name] = STORAGES[name]
         variants[f"{name}, pages"] = selected(STORAGES[name], budget)
+        if "page" not in STORAGES[name].attributes:
+            variants[f"{name}, evict"] = evicting(STORAGES[name], budget)
     runners: dict[str, Callable[[], float]] = {}
     needed = {}
     for name, variant in variants.items():
-        caches = caches_of(case, variant)
+        evicts = variant.attributes.get("selection") == "evict"
+        caches = evict_caches(case, variant, budget) if evicts else caches_of(case, variant)
         needed[name] = NODES * bytes_needed(case, variant, caches, budget)
         every = {f"{key[:-1]}{i}": array for i in range(NODES) for key, array in caches.items()}
-        runners[name] = cached_node_runner(case, variant, every, NODES, threads)
+        run = cached_node_runner(case, variant, every, NODES, threads)
+        runners[name] = mean_of(run, DROPPED) if evicts else run
     times: dict[str, list[float]] = {name: [] for name in variants}
     reads = []
     for _ in range(rounds):

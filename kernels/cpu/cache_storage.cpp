@@ -91,6 +91,7 @@ PageCacheSpec ReadPages(const Attributes& attributes, const AttentionForm& form)
 SelectionSpec ReadEvict(const Attributes& attributes, SelectionSpec spec) {
   spec.sinks = Between(attributes, "select_sinks", 0, kLargestSize);
   spec.recent = Between(attributes, "select_recent", 1, kLargestSize);
+  spec.block = Between(attributes, "select_block", 1, kLargestSize);
   spec.budget = Between(attributes, "select_budget", spec.sinks + spec.recent, INT32_MAX / 2);
   spec.pool = Between(attributes, "select_pool", 1, kMaxPage);
   if (spec.pool % 2 == 0) {

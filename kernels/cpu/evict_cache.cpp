@@ -11,9 +11,8 @@ EvictStorage::EvictStorage(const AttentionForm& form, int64_t places,
                            const SelectionSpec& selection)
     : DenseStorage(form, places), selection_(selection) {
   if (places != selection.places()) {
-    throw Error(
-        "selection 'evict' needs a ring of select_budget + select_recent places, which is " +
-        std::to_string(selection.places()) + "; it is " + std::to_string(places));
+    throw Error("selection 'evict' needs a ring of select_budget + select_block places, which is " +
+                std::to_string(selection.places()) + "; it is " + std::to_string(places));
   }
   if (!form.causal) throw Error("selection 'evict' needs causal attention");
   if (form.window > 0) throw Error("a selection takes no window");

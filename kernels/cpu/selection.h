@@ -23,7 +23,7 @@ enum class FarPositions : int32_t {
 // The attributes of a selection. kPages: a row's tokens before a step are `sinks` first ones, whole
 // blocks, and at least `recent` last ones; a step chooses among the blocks. kWindow: `sinks` first
 // ones are read besides the window. kEvict: the cache keeps `budget` tokens, `sinks` first and
-// `recent` last ones among them.
+// `recent` last ones among them, and loses `block` tokens when it is full.
 struct SelectionSpec {
   SelectionKind kind = SelectionKind::kAll;
   int64_t sinks = 0;
@@ -39,7 +39,7 @@ struct SelectionSpec {
     return std::max<int64_t>(0, tokens - sinks - recent) / block;
   }
   // kEvict: tokens a cache has room for.
-  int64_t places() const { return budget + recent; }
+  int64_t places() const { return budget + block; }
   int64_t Wanted(int64_t blocks) const {
     const auto shared = static_cast<int64_t>(std::ceil(static_cast<double>(share) * blocks));
     return std::max({int64_t{1}, budget / block, shared});

@@ -65,7 +65,8 @@ class SparseAttention(Pass):
         budget: `pages`: tokens in blocks that a step reads, at least; None: 1024, and 0 with `share`. `evict`:
             tokens that stay when the cache is full, sinks and recent ones included; None: 2048.
         share: `pages`: share of the blocks that a step reads, at least.
-        block: `pages`: tokens of a block of a dense cache; None: 16. A coded cache has its pages.
+        block: `pages`: tokens of a block of a dense cache; None: 16. A coded cache has its pages. `evict`: tokens
+            beyond the budget that a full cache has and loses then; None: one in 16 of the budget, at most 256.
         sinks: Tokens at the start that every step reads; None: 4, or as the coded cache keeps them.
         recent: Tokens at the end that every step reads: with `pages` at least so many, None: 32, or as the coded cache
             keeps them; with `window` exactly so many, the new one included, None: 1024; with `evict`

@@ -106,7 +106,7 @@ def test_an_endless_engine(model: Path, tmp_path: Path, positions: str) -> None:
 
 def test_a_cache_of_constant_size(model: Path, tmp_path: Path) -> None:
     """Rows of different lengths, with padding, get what they get alone; the limit of the model stays."""
-    engine = build(model, tmp_path / "engine", "sparse-attention{scheme=evict,budget=40,recent=8}")
+    engine = build(model, tmp_path / "engine", "sparse-attention{scheme=evict,budget=40,recent=8,block=8}")
     layout = engine.manifest.cache
     assert layout is not None
     assert token_limit(engine.manifest) == LIMIT

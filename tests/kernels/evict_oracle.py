@@ -15,17 +15,18 @@ class Evict:
     budget: int
     sinks: int = 2
     recent: int = 6
+    block: int = 6
     pool: int = 5
 
     @property
     def places(self) -> int:
-        return self.budget + self.recent
+        return self.budget + self.block
 
     def attributes(self) -> dict[str, object]:
         return {
             "selection": "evict",
             "ring": self.places,
-            **{f"select_{name}": getattr(self, name) for name in ("budget", "sinks", "recent", "pool")},
+            **{f"select_{name}": getattr(self, name) for name in ("budget", "sinks", "recent", "block", "pool")},
         }
 
 

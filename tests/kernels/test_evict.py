@@ -132,9 +132,10 @@ def test_matches_float64(name: str, dtype: str, steps: str, isa: str) -> None:
     "evict",
     [
         Evict(budget=8, sinks=2, recent=6),  # all of it is forced
-        Evict(budget=9, sinks=0, recent=1, pool=1),
+        Evict(budget=9, sinks=0, recent=1, block=1, pool=1),
         Evict(budget=32, sinks=31, recent=1, pool=3),
-        Evict(budget=20, sinks=0, recent=7, pool=9),
+        Evict(budget=20, sinks=0, recent=7, block=3, pool=9),
+        Evict(budget=20, recent=3, block=17),
     ],
     ids=str,
 )
@@ -152,7 +153,7 @@ def test_other_sizes_match_float64(evict: Evict) -> None:
 def test_without_an_overflow_it_is_dense(name: str, dtype: str) -> None:
     """The same bits as without a selection, up to and with the step that overflows."""
     form, feeds = FORMS[name], feeds_of(FORMS[name])
-    evict = Evict(budget=150, recent=20)
+    evict = Evict(budget=150, recent=20, block=20)
     steps = [140, *[1] * 25, 30]
     dense = Dense(form, DTYPES[dtype]).run(feeds, steps)
     found = Cache(form, evict, DTYPES[dtype]).run(feeds, steps)
@@ -162,7 +163,7 @@ def test_without_an_overflow_it_is_dense(name: str, dtype: str) -> None:
 @pytest.mark.parametrize("name", FORMS)
 def test_what_is_kept(name: str) -> None:
     """As many for every head, ascending, with the first and last tokens, never more than there are places."""
-    form, feeds, cache = FORMS[name], feeds_of(FORMS[name]), Cache(FORMS[name], EVICT)
+    feeds, cache = feeds_of(FORMS[name]), Cache(FORMS[name], EVICT)
     for count in (90, *[1] * 20, 13, 5):
         cache.run(feeds, [count])
         for head in numbers(cache):
@@ -276,6 +277,7 @@ def test_ties_go_to_the_earlier_token() -> None:
         (FORMS["gqa"], {"ring": 29}, "which is 30; it is 29"),
         (FORMS["gqa"], {"select_budget": 7}, "'select_budget' is 7"),
         (FORMS["gqa"], {"select_recent": 0}, "'select_recent' is 0"),
+        (FORMS["gqa"], {"select_block": 0}, "'select_block' is 0"),
         (FORMS["gqa"], {"select_pool": 4}, "'select_pool' is 4; it must be odd"),
         (FORMS["gqa"], {"select_pool": 0}, "'select_pool' is 0"),
     ],

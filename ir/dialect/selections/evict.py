@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from effc.ir.dialect.cached_attention import AttentionForm
 
 MOST_POOL = 255
+MOST_BLOCK = 2**20
+ATTRIBUTES = ("budget", "sinks", "recent", "block", "pool")
 MOST_BUDGET = (2**31 - 1) // 2
 
 
@@ -28,7 +30,8 @@ class EvictSelection(TokenSelection):
     Attributes:
         budget: Tokens that stay when the cache is full, sinks and recent ones included.
         sinks: Tokens at the start that always stay.
-        recent: Tokens at the end that always stay, whose queries choose; a full cache has this many more than `budget`.
+        recent: Tokens at the end that always stay, whose queries choose.
+        block: Tokens that a full cache has beyond the budget, and loses then.
         pool: Tokens over which the attention is averaged, odd.
 
     Raises:
@@ -40,6 +43,7 @@ class EvictSelection(TokenSelection):
     budget: int = 2048
     sinks: int = 4
     recent: int = 32
+    block: int = 128
     pool: int = 5
 
     def __post_init__(self) -> None:
@@ -48,22 +52,23 @@ class EvictSelection(TokenSelection):
         least = self.sinks + self.recent
         fits = least <= self.budget <= MOST_BUDGET
         require(fits, f"budget is {self.budget}, it must be from sinks + recent = {least} to {MOST_BUDGET}")
+        require(1 <= self.block <= MOST_BLOCK, f"block is {self.block}, it must be from 1 to {MOST_BLOCK}")
         fits = 1 <= self.pool <= MOST_POOL and self.pool % 2 == 1
         require(fits, f"pool is {self.pool}, it must be odd, from 1 to {MOST_POOL}")
 
     @classmethod
     def read(cls, attributes: Mapping[str, ir.Attr]) -> Self:
         """From `select_*`."""
-        return cls(**{name: attributes[f"select_{name}"].as_int() for name in ("budget", "sinks", "recent", "pool")})
+        return cls(**{name: attributes[f"select_{name}"].as_int() for name in ATTRIBUTES})
 
     @property
     def places(self) -> int:
         """Tokens that the cache has room for."""
-        return self.budget + self.recent
+        return self.budget + self.block
 
     def attributes(self) -> dict[str, int | float | str]:
         """All of this selection."""
-        return {f"select_{name}": getattr(self, name) for name in ("budget", "sinks", "recent", "pool")}
+        return {f"select_{name}": getattr(self, name) for name in ATTRIBUTES}
 
     def tensors(self, storage: Storage, sizes: HeadSizes) -> tuple[StateTensor, ...]:
         """`token`, which one every place holds, and `query`, the last queries."""
@@ -84,7 +89,7 @@ class EvictSelection(TokenSelection):
         if form.scale < 0:
             return "its scale is negative"
         if storage.ring != self.places:
-            return f"its cache has a ring of {storage.ring} places, it must have budget + recent = {self.places}"
+            return f"its cache has a ring of {storage.ring} places, it must have budget + block = {self.places}"
         return ""
 
     def read_at(self, tokens: int) -> int:

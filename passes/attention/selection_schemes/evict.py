@@ -10,6 +10,8 @@ from effc.ir.dialect.cache_storage import DenseStorage
 from effc.ir.dialect.selections import EvictSelection
 from effc.passes.attention.selection_schemes.base import Change, SelectionScheme
 
+BLOCKS, MOST_BLOCK = 16, 256
+"""Of a budget: a block is one in so many, and at most so many tokens, where none is given."""
 BETA = 20
 """PyramidKV: the last layer keeps one in so many of what it would keep without a pyramid, recent tokens aside."""
 
@@ -27,6 +29,7 @@ class EvictScheme(SelectionScheme):
     budget: int = 2048
     sinks: int = 4
     recent: int = 32
+    block: int | None = None
     pool: int = 5
     pyramid: bool = False
 
@@ -34,8 +37,8 @@ class EvictScheme(SelectionScheme):
         least = self.recent + BETA * max(self.sinks, 1)
         if self.pyramid and self.budget < least:
             raise UsageError(
-                f"budget is {self.budget}, a pyramid needs at least recent + {BETA} * sinks = {least}, so that its last "
-                "layer has room for them. Raise the budget, or leave pyramid out."
+                f"budget is {self.budget}, a pyramid needs at least recent + {BETA} * sinks = {least}, so that its "
+                "last layer has room for them. Raise the budget, or leave pyramid out."
             )
         try:
             self._selection()
@@ -64,4 +67,5 @@ class EvictScheme(SelectionScheme):
         return Change(site.form, storage, selection)
 
     def _selection(self) -> EvictSelection:
-        return EvictSelection(self.budget, self.sinks, self.recent, self.pool)
+        block = min(MOST_BLOCK, max(1, self.budget // BLOCKS)) if self.block is None else self.block
+        return EvictSelection(self.budget, self.sinks, self.recent, block, self.pool)
