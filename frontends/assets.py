@@ -40,7 +40,9 @@ def collect(folder: Path) -> tuple[dict[str, Path | bytes], tuple[str, ...]]:
     `1_Pooling/config.json` becomes `1_Pooling_config.json`. A folder with a slow tokenizer only gets a
     `tokenizer.json` made by transformers.
     """
-    assets: dict[str, Path | bytes] = {name: (folder / name).resolve() for name in FILES if (folder / name).is_file()}
+    assets: dict[str, Path | bytes] = {
+        name: (folder / name).resolve() for name in FILES if (folder / name).is_file()
+    }
     for module in _sentence_modules(folder):
         path = folder / module / "config.json"
         if path.is_file():

@@ -54,7 +54,9 @@ def _audio_interface(model: Any) -> Interface:
 
 def _interface(task: Task, model: Any, inputs: dict[str, Any], axes: Any) -> Interface:
     outputs = produced(model, inputs)
-    return Interface(task, wrap(model, tuple(inputs), outputs), inputs, axes, outputs, variadic=len(inputs))
+    return Interface(
+        task, wrap(model, tuple(inputs), outputs), inputs, axes, outputs, variadic=len(inputs)
+    )
 
 
 def produced(model: Any, inputs: dict[str, Any]) -> tuple[str, ...]:

@@ -62,7 +62,9 @@ def import_gguf(path: Path, request: Request) -> Program:
         return replace(program, source=replace(source, content_hash=digest.result(), notes=tuple(notes)))
 
 
-def file_weights(header: GgufHeader, model: Any, config: Any, dtype: ir.DataType) -> tuple[binding.Weights, list[str]]:
+def file_weights(
+    header: GgufHeader, model: Any, config: Any, dtype: ir.DataType
+) -> tuple[binding.Weights, list[str]]:
     """The file's tensors bound to the module's names, and what was decided about their dtype."""
     tensors = module_tensors(header, model, config, dtype)
     weights = binding.resolve_ties(tensors, skeleton.tied_parameters(model))

@@ -60,7 +60,9 @@ def _import_checkpoint(
     return replace(program, source=replace(source, content_hash=digest.result(), notes=tuple(notes)))
 
 
-def _import_twin(folder: Path, config_bytes: bytes, content: dict[str, Any], config: Any, request: Request) -> Program:
+def _import_twin(
+    folder: Path, config_bytes: bytes, content: dict[str, Any], config: Any, request: Request
+) -> Program:
     small = twin.cut(config)
     architecture = choose(small, request.task, str(folder))
     lowered = lower(architecture, request.progress)

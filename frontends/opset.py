@@ -49,7 +49,9 @@ def _convert_native(model: ir.Model) -> None:
 def _convert_old(model: ir.Model) -> None:
     from onnx_ir.passes.common import _c_api_utils
 
-    proto = _c_api_utils.call_onnx_api(lambda bare: onnx.version_converter.convert_version(bare, FIRST_NATIVE), model)
+    proto = _c_api_utils.call_onnx_api(
+        lambda bare: onnx.version_converter.convert_version(bare, FIRST_NATIVE), model
+    )
     converted = ir.serde.deserialize_model(proto)
     weights = {value.name: value for value in model.graph.initializers.values()}
     inputs = {value.name for value in model.graph.inputs}

@@ -1,11 +1,12 @@
 """Speed of decoding steps that read a part of the cache, beside steps that read all of it.
 
 Run: `python benchmarks/kernels/selections.py [--threads 2] [--rounds 9] [--heads 32/8] [--tokens 32768] [--budget 2048]
-[--storages fp32 bf16 int8 int4]`
+[--storages fp32 bf16 int8 int4] [--selections pages topk evict]`
 
 One new token over a full cache, in equal nodes that together overflow the caches of the processor. The variants take
-turns in one process. Bytes are those that a step needs: bounds of all blocks, keys and values of those that are read. A
-time of `evict` is the mean of as many steps as lie between two times that the cache is full.
+turns in one process. Bytes are those that a step needs: with `pages` bounds of all blocks, keys and values of those
+that are read; with `topk` all keys, and values of those that are read; with `evict` all that is kept, and its time is
+the mean of as many steps as lie between two times that the cache is full.
 """
 
 from __future__ import annotations
@@ -22,17 +23,19 @@ from cached_attention import DTYPES, SIZE, STORAGES, Case, Variant, cached_node_
 from effc import kernels
 
 NODES = 4
+SELECTIONS = ("pages", "topk", "evict")
 SINKS, RECENT, BLOCK = 4, 32, 16
 DROPPED = 128  # tokens that a full cache drops
 
 
-def selected(variant: Variant, budget: int) -> Variant:
-    """The variant with a selection of blocks."""
+def selected(variant: Variant, selection: str, budget: int) -> Variant:
+    """The variant with a selection of blocks or tokens."""
     paged = "page" in variant.attributes
     sinks, recent, block = (
         (variant.attributes[name] for name in ("sinks", "recent", "page")) if paged else (SINKS, RECENT, BLOCK)
     )
-    attributes = {"selection": "pages", "select_sinks": sinks, "select_recent": recent, "select_block": block}
+    block = 1 if selection == "topk" else block
+    attributes = {"selection": selection, "select_sinks": sinks, "select_recent": recent, "select_block": block}
     return replace(variant, attributes=variant.attributes | attributes | {"select_budget": budget})
 
 
@@ -56,7 +59,7 @@ def caches_of(case: Case, variant: Variant) -> dict[str, np.ndarray]:
         caches["p0"][:, :, distinct, 64:] ^= 1  # pages that are not all alike
         return caches
     caches = first_node(dense_caches(case, DTYPES[variant.type]))
-    if "selection" in variant.attributes:
+    if variant.attributes.get("selection") == "pages":
         keys = caches["k0"][:, :, SINKS : SINKS + (case.total - SINKS) // BLOCK * BLOCK].astype(np.float32)
         parts = keys.reshape(1, case.kv_heads, -1, BLOCK, SIZE)
         bounds = np.concatenate([parts.min(axis=3), parts.max(axis=3)], axis=3).astype(DTYPES[variant.type])
@@ -85,31 +88,32 @@ def mean_of(run: Callable[[], float], count: int) -> Callable[[], float]:
 
 def bytes_needed(case: Case, variant: Variant, caches: dict[str, np.ndarray], budget: int) -> float:
     """Bytes a step of one node needs."""
-    if variant.attributes.get("selection") == "evict":
+    selection = variant.attributes.get("selection", "all")
+    if selection == "evict":
         return float(sum(caches[name].nbytes for name in ("k0", "v0")))
     if "page" not in variant.attributes:
-        tokens = case.total
-        bounds = 0.0
-        if "selection" in variant.attributes:
-            bounds, tokens = caches["b0"].nbytes, budget + SINKS + RECENT + BLOCK
-        return bounds + sum(caches[name].nbytes for name in ("k0", "v0")) * tokens / case.total
+        read = (budget + SINKS + RECENT + BLOCK) / case.total
+        share = {"all": (1.0, 1.0), "pages": (read, read), "topk": (1.0, read)}[str(selection)]
+        bounds = caches["b0"].nbytes if selection == "pages" else 0
+        return bounds + share[0] * caches["k0"].nbytes + share[1] * caches["v0"].nbytes
     exact = sum(caches[name].nbytes for name in ("k0", "v0"))
     pages = variant.pages(case.total)
-    share, parameters = 1.0, 0.0
-    if "selection" in variant.attributes:
-        share = budget / int(str(variant.attributes["page"])) / pages
-        parameters = pages * case.kv_heads * (4 * SIZE + 4)
+    read = budget / int(str(variant.attributes["page"])) / pages
+    share = {"all": 1.0, "pages": read, "topk": (1 + read) / 2}[str(selection)]
+    parameters = pages * case.kv_heads * (4 * SIZE + 4) if selection == "pages" else 0
     return exact + parameters + share * caches["p0"].nbytes
 
 
-def measure(case: Case, storages: list[str], budget: int, threads: int, rounds: int) -> None:
+def measure(case: Case, storages: list[str], selections: list[str], budget: int, threads: int, rounds: int) -> None:
     """Print one table."""
     variants = {}
     for name in storages:
         variants[name] = STORAGES[name]
-        variants[f"{name}, pages"] = selected(STORAGES[name], budget)
-        if "page" not in STORAGES[name].attributes:
-            variants[f"{name}, evict"] = evicting(STORAGES[name], budget)
+        for selection in selections:
+            if selection == "evict" and "page" not in STORAGES[name].attributes:
+                variants[f"{name}, {selection}"] = evicting(STORAGES[name], budget)
+            elif selection != "evict":
+                variants[f"{name}, {selection}"] = selected(STORAGES[name], selection, budget)
     runners: dict[str, Callable[[], float]] = {}
     needed = {}
     for name, variant in variants.items():
@@ -148,12 +152,14 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[32768])
     parser.add_argument("--budget", type=int, default=2048)
     parser.add_argument("--storages", nargs="+", default=["fp32", "bf16", "int8", "int4"], choices=list(STORAGES))
+    parser.add_argument("--selections", nargs="+", default=[*SELECTIONS], choices=SELECTIONS)
     args = parser.parse_args()
     print(f"{kernels.isa()}, {args.threads} threads, onnxruntime {ort.__version__}")
     for text in args.heads:
         heads, kv_heads = map(int, text.split("/"))
         for total in args.tokens:
-            measure(Case(heads, kv_heads, 1, total), args.storages, args.budget, args.threads, args.rounds)
+            case = Case(heads, kv_heads, 1, total)
+            measure(case, args.storages, args.selections, args.budget, args.threads, args.rounds)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,14 @@ from onnx_ir.tape import Tape
 from effc.errors import InputError
 from effc.ir.dialect.base import DOMAIN, DialectOp
 from effc.ir.dialect.cache_storage import DenseStorage, HeadSizes, PageStorage, StateTensor, StaticStorage, Storage
-from effc.ir.dialect.selections import SELECTIONS, AllTokens, PageSelection, TokenSelection, WindowSelection
+from effc.ir.dialect.selections import (
+    SELECTIONS,
+    AllTokens,
+    PageSelection,
+    TokenSelection,
+    TopKSelection,
+    WindowSelection,
+)
 
 INT, FLOAT, STRING, INTS = (getattr(ir.AttributeType, name) for name in ("INT", "FLOAT", "STRING", "INTS"))
 OPERANDS = ("query", "key", "value", "valid", "bias", "cos", "sin")
@@ -149,12 +156,15 @@ class CachedAttention(DialectOp):
     def body(self, node: ir.Node, tape: Tape) -> Sequence[ir.Value]:
         """Join past and new tokens, attend with a mask, keep what the storage keeps."""
         from effc.ir.dialect.cached_attention_body import DenseBody, StaticBody
-        from effc.ir.dialect.selected_attention_body import SelectedBody
+        from effc.ir.dialect.pages_attention_body import PagesBody
+        from effc.ir.dialect.topk_attention_body import TopKBody
         from effc.ir.dialect.window_attention_body import WindowBody
 
         form, storage, selection = attention_form(node), cache_storage(node), token_selection(node)
         if isinstance(storage, DenseStorage) and isinstance(selection, PageSelection):
-            return SelectedBody(node, tape, form, storage, selection).record()
+            return PagesBody(node, tape, form, storage, selection).record()
+        if isinstance(storage, DenseStorage) and isinstance(selection, TopKSelection):
+            return TopKBody(node, tape, form, storage, selection).record()
         if isinstance(storage, DenseStorage) and isinstance(selection, WindowSelection):
             return WindowBody(node, tape, form, storage, selection).record()
         if isinstance(storage, DenseStorage) and isinstance(selection, AllTokens):

@@ -1,15 +1,17 @@
-"""Reference body of `CachedAttention` with storage `dense` and selection `pages`, in standard ops."""
+"""Reference bodies of `CachedAttention` with storage `dense` whose steps of one token read what they choose."""
 
 from __future__ import annotations
+
+from abc import abstractmethod
 
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.tape import Tape
 
 from effc.ir.dialect.cache_storage import DenseStorage
-from effc.ir.dialect.cached_attention import AttentionForm, past_values
+from effc.ir.dialect.cached_attention import AttentionForm
 from effc.ir.dialect.cached_attention_body import DenseBody
-from effc.ir.dialect.selections import PageSelection
+from effc.ir.dialect.selections import PageSelection, TopKSelection
 
 HIDDEN = float(np.finfo(np.float32).min)
 
@@ -18,58 +20,31 @@ class SelectedBody(DenseBody):
     """Records the body of one node: attention over all tokens, with the mask of those that are read."""
 
     def __init__(
-        self, node: ir.Node, tape: Tape, form: AttentionForm, storage: DenseStorage, selection: PageSelection
+        self,
+        node: ir.Node,
+        tape: Tape,
+        form: AttentionForm,
+        storage: DenseStorage,
+        selection: PageSelection | TopKSelection,
     ) -> None:
         super().__init__(node, tape, form, storage)
         self.selection = selection
+        self.block = selection.block if isinstance(selection, PageSelection) else 1
         valid = self._op("Cast", node.inputs[3], to=int(ir.DataType.INT32))
         self.start = self._op("ArgMax", valid, axis=1, keepdims=1)
         self.before = self._op("Max", self._op("Sub", self.past, self.start), self._integers(0))
         self.blocks = self._full_blocks(self.before, selection.sinks + selection.recent)
 
-    def _cache(self, keys: ir.Value, values: ir.Value) -> tuple[list[ir.Value], list[ir.Value]]:
-        *pairs, bounds = past_values(self.node)
-        joined = [self._joined(old, new) for old, new in zip(pairs, (keys, values), strict=True)]
-        stored = [self._op("Cast", new, to=int(self.storage.dtype)) for new in (keys, values)]
-        present = [self._present(old, new) for old, new in zip(pairs, stored, strict=True)]
-        return joined, [*present, self._present_bounds(present[0], bounds)]
+    @abstractmethod
+    def _read(self, wanted: ir.Value) -> ir.Value:
+        """Which tokens a step of one token reads, boolean [batch, kv heads or 1, total]."""
 
     def _full_blocks(self, tokens: ir.Value, others: int) -> ir.Value:
         rest = self._op("Max", self._op("Sub", tokens, self._integers(others)), self._integers(0))
-        return self._op("Div", rest, self._integers(self.selection.block))
+        return self._op("Div", rest, self._integers(self.block))
 
     def _range(self, count: ir.Value) -> ir.Value:
         return self._slots(self._integers(0), count)
-
-    def _present_bounds(self, keys: ir.Value, past: ir.Value) -> ir.Value:
-        """The bounds of full blocks: as they were, or of the keys; 0 of other blocks."""
-        block, heads, size = self.selection.block, self.form.kv_heads, self.form.head_size
-        needed = self._op("Div", self.total, self._integers(block))
-        count = self._op("Max", needed, self._op("Shape", past, start=2, end=3))
-        tokens = self._range(self._op("Mul", count, self._integers(block)))
-        slots = self._op("Add", self.start, self._op("Add", tokens, self._integers(self.selection.sinks)))
-        last = self._op("Sub", self.total, self._integers(1))
-        places = self._op("Unsqueeze", self._op("Min", slots, last), self._integers(1, 3))
-        span = self._op("Mul", count, self._integers(block))
-        rows = self._op("Concat", self.batch, self._integers(heads), span, self._integers(size), axis=0)
-        moved = self._op("GatherElements", keys, self._op("Expand", places, rows), axis=2)
-        floats = self._op("Cast", moved, to=int(ir.DataType.FLOAT))
-        parts = self._op("Concat", self._integers(0, 0), count, self._integers(block, size), axis=0)
-        split = self._op("Reshape", floats, parts)
-        both = [self._op(name, split, self._integers(3), keepdims=0) for name in ("ReduceMin", "ReduceMax")]
-        old, full = (
-            self._op("Unsqueeze", self._op("Less", self._range(count), blocks), self._integers(1, 3))
-            for blocks in (
-                self._full_blocks(self.before, self.selection.sinks),
-                self._full_blocks(self._op("Sub", self.total, self.start), self.selection.sinks),
-            )
-        )
-        floats = self._op("Cast", past, to=int(ir.DataType.FLOAT))
-        room = self._op("Sub", count, self._op("Shape", past, start=2, end=3))
-        pads = self._op("Concat", self._integers(*[0] * 6), room, self._integers(0), axis=0)
-        made = self._op("Where", full, self._op("Concat", *both, axis=3), self._number(0))
-        kept = self._op("Where", old, self._op("Pad", floats, pads), made)
-        return self._op("Cast", kept, to=int(self.storage.dtype))
 
     def _mask(self) -> ir.Value:
         """What `DenseBody` sees and, in a step of one token, the selection reads."""
@@ -78,63 +53,34 @@ class SelectedBody(DenseBody):
         everything = self._op("GreaterOrEqual", wanted, self.blocks)
         few = self._op("Less", self.before, self._integers(self.selection.dense_below))
         everything = self._op("Or", self._op("Or", everything, few), self._op("Not", one))
-        read = self._op("Or", self._read(self._chosen(wanted)), self._op("Unsqueeze", everything, self._integers(1)))
+        read = self._op("Or", self._read(wanted), self._op("Unsqueeze", everything, self._integers(1)))
         group = self.form.heads // self.form.kv_heads
-        by_group = self._op("Unsqueeze", read, self._integers(2, 3))
+        rows = self._op("Concat", self.batch, self._integers(self.form.kv_heads), self.total, axis=0)
+        by_group = self._op("Unsqueeze", self._op("Expand", read, rows), self._integers(2, 3))
         sizes = self._op("Concat", self._integers(1, 1, group, 1, 1), axis=0)
         heads = self._op("Concat", self.batch, self._integers(self.form.heads, 1), self.total, axis=0)
         return self._op("And", super()._mask(), self._op("Reshape", self._op("Expand", by_group, sizes), heads))
 
     def _wanted(self) -> ir.Value:
         """Blocks that a row reads, [batch, 1]."""
-        least = max(1, self.selection.budget // self.selection.block)
+        least = max(1, self.selection.budget // self.block)
         share = self._constant(np.array(np.float32(self.selection.share), np.float64))
         count = self._op("Ceil", self._op("Mul", self._op("Cast", self.blocks, to=int(ir.DataType.DOUBLE)), share))
         return self._op("Max", self._op("Cast", count, to=int(ir.DataType.INT64)), self._integers(least))
 
-    def _chosen(self, wanted: ir.Value) -> ir.Value:
-        """Which blocks are read, boolean [batch, kv heads, blocks + 1]."""
-        ranks = self._ranks()
+    def _newest(self) -> ir.Value:
+        """The query of the last token, [batch, kv heads, group, head size]; zeros in a step without tokens."""
+        form = self.form
+        query = self._rotated(self._by_heads(self.node.inputs[0], form.heads, form.head_size))
+        newest = self._op("Slice", query, self._integers(-1), self._integers(np.iinfo(np.int64).max), self._integers(2))
+        newest = self._op("ReduceSum", newest, self._integers(2), keepdims=1)
+        group = self._integers(0, form.kv_heads, form.heads // form.kv_heads, form.head_size)
+        return self._op("Reshape", newest, group)
+
+    def _largest(self, ranks: ir.Value, wanted: ir.Value) -> ir.Value:
+        """Which of the ranks [batch, heads, n] are among the `wanted` [batch, 1] largest ones of their row, boolean."""
         count = self._op("Shape", ranks, start=2, end=3)
         _, order = self.tape.op_multi_out("TopK", [ranks, count], {"axis": 2}, num_outputs=2)
         among = self._op("Unsqueeze", self._op("Less", self._range(count), wanted), self._integers(1))
         flags = self._op("Expand", self._op("Cast", among, to=int(ir.DataType.FLOAT)), self._op("Shape", ranks))
         return self._op("Greater", self._op("ScatterElements", ranks, order, flags, axis=2), self._number(0.5))
-
-    def _ranks(self) -> ir.Value:
-        """Ln of the largest share that a head of the group may give each block; a block that is none comes last."""
-        form = self.form
-        padding = self._integers(0, 0, 0, 0, 0, 0, 1, 0)
-        bounds = self._op("Pad", self._op("Cast", past_values(self.node)[2], to=int(ir.DataType.FLOAT)), padding)
-        halves = self._integers(form.head_size, form.head_size)
-        least, most = self.tape.op_multi_out("Split", [bounds, halves], {"axis": 3}, num_outputs=2)
-        query = self._rotated(self._by_heads(self.node.inputs[0], form.heads, form.head_size))
-        newest = self._op("Slice", query, self._integers(-1), self._integers(np.iinfo(np.int64).max), self._integers(2))
-        newest = self._op("ReduceSum", newest, self._integers(2), keepdims=1)  # a step without tokens has none
-        group = self._integers(0, form.kv_heads, form.heads // form.kv_heads, form.head_size)
-        queries = self._op("Reshape", newest, group)
-        zero = self._number(0)
-        products = [
-            self._op("MatMul", self._op(name, queries, zero), self._op("Transpose", side, perm=[0, 1, 3, 2]))
-            for name, side in (("Min", least), ("Max", most))
-        ]
-        scores = self._op("Mul", self._op("Add", *products), self._number(form.scale))
-        count = self._op("Shape", bounds, start=2, end=3)
-        exists = self._op("Unsqueeze", self._op("Less", self._range(count), self.blocks), self._integers(1, 2))
-        scores = self._op("Where", exists, scores, self._number(HIDDEN))
-        shares = self._op("Sub", scores, self._op("ReduceLogSumExp", scores, self._integers(3), keepdims=1))
-        return self._op("ReduceMax", shares, self._integers(2), keepdims=0)
-
-    def _read(self, chosen: ir.Value) -> ir.Value:
-        """Which tokens are read, boolean [batch, kv heads, total]."""
-        zero = self._integers(0)
-        begin = self._op("Add", self.start, self._integers(self.selection.sinks))
-        tokens = self._op("Sub", self._range(self.total), begin)
-        block = self._op("Div", self._op("Max", tokens, zero), self._integers(self.selection.block))
-        middle = self._op("And", self._op("GreaterOrEqual", tokens, zero), self._op("Less", block, self.blocks))
-        last = self._op("Sub", self._op("Shape", chosen, start=2, end=3), self._integers(1))
-        rows = self._op("Concat", self.batch, self._integers(self.form.kv_heads), self.total, axis=0)
-        places = self._op("Expand", self._op("Unsqueeze", self._op("Min", block, last), self._integers(1)), rows)
-        flags = self._op("Cast", chosen, to=int(ir.DataType.INT32))
-        read = self._op("Cast", self._op("GatherElements", flags, places, axis=2), to=int(ir.DataType.BOOL))
-        return self._op("Or", read, self._op("Not", self._op("Unsqueeze", middle, self._integers(1))))

@@ -7,6 +7,7 @@
 #include "cpu/evict_cache.h"
 #include "cpu/page_cache.h"
 #include "cpu/sink_cache.h"
+#include "cpu/voted_cache.h"
 
 namespace effc {
 namespace {
@@ -105,6 +106,7 @@ SelectionSpec ReadSelection(const Attributes& attributes, const AttentionForm& f
   spec.kind = OneOf<SelectionKind>(attributes, "selection",
                                    {{"all", SelectionKind::kAll},
                                     {"pages", SelectionKind::kPages},
+                                    {"topk", SelectionKind::kTopK},
                                     {"window", SelectionKind::kWindow},
                                     {"evict", SelectionKind::kEvict}});
   if (spec.kind == SelectionKind::kAll) return spec;
@@ -120,6 +122,9 @@ SelectionSpec ReadSelection(const Attributes& attributes, const AttentionForm& f
   spec.sinks = Between(attributes, "select_sinks", 0, kLargestSize);
   spec.recent = Between(attributes, "select_recent", 0, kLargestSize);
   spec.block = Between(attributes, "select_block", 1, kMaxPage);
+  if (spec.kind == SelectionKind::kTopK && spec.block != 1) {
+    throw Error("selection 'topk' has blocks of one token");
+  }
   spec.budget = Between(attributes, "select_budget", 0, INT32_MAX);
   spec.dense_below = Between(attributes, "dense_below", 0, INT32_MAX);
   spec.share = FiniteFloat(attributes, "select_share");
@@ -142,6 +147,9 @@ std::unique_ptr<CacheStorage> ReadDense(const AttentionForm& form, int64_t ring,
   }
   if (selection.kind == SelectionKind::kPages) {
     return std::make_unique<BoundedStorage>(form, selection);
+  }
+  if (selection.kind == SelectionKind::kTopK) {
+    return std::make_unique<VotedStorage>(form, selection);
   }
   return std::make_unique<DenseStorage>(form, ring);
 }

@@ -9,6 +9,7 @@
 #include "cpu/far_sinks.h"
 #include "cpu/selection.h"
 #include "cpu/token_store.h"
+#include "cpu/token_votes.h"
 
 namespace effc {
 namespace {
@@ -17,10 +18,13 @@ constexpr int64_t kFewQueryRows = 64;  // rows up to which tokens are read witho
 constexpr int64_t kPartTokens = 512;   // tokens of one task with few query rows
 constexpr int64_t kTileRows = 128;     // query rows of one task otherwise
 constexpr int64_t kLeastTileRows = 32;
-constexpr int64_t kTasks = 256;  // wanted at most
+constexpr int64_t kTokensAhead = 12;  // of single tokens, how many are fetched ahead
+constexpr int64_t kTasks = 256;       // wanted at most
+
+enum class Reading { kSlots, kChosen, kShares };
 
 // Queries [begin, end) of a row and key head, over slots [from, to), or over those of the pieces
-// [from, to).
+// [from, to), of which shares may be known.
 struct Task {
   int64_t row;
   int64_t head;
@@ -29,7 +33,7 @@ struct Task {
   int64_t from;
   int64_t to;
   int64_t part;  // of the parts that few query rows are split into, or -1
-  bool chosen;
+  Reading reading;
   bool first;  // of its queries
 };
 
@@ -102,7 +106,8 @@ class Attention {
     while (from < end) {
       int64_t to = from;
       while (to < end && to - from < kPartTokens) to = store_.BlockEnd(row, to, end);
-      tasks_.push_back({row, head, first, seq, from, to, part_rows_, false, joint.parts == 0});
+      tasks_.push_back(
+          {row, head, first, seq, from, to, part_rows_, Reading::kSlots, joint.parts == 0});
       part_rows_ += (seq - first) * group_;
       ++joint.parts;
       from = to;
@@ -119,33 +124,54 @@ class Attention {
       const int64_t begin = std::max(first, end - step);
       const int64_t from = Visible(form_, operands_, start, begin).begin;
       const int64_t to = Visible(form_, operands_, start, end - 1).end;
-      tasks_.push_back({row, head, begin, end, store_.BlockBegin(row, from), to, -1, false, true});
+      tasks_.push_back(
+          {row, head, begin, end, store_.BlockBegin(row, from), to, -1, Reading::kSlots, true});
     }
   }
 
   void PlanChosen(int64_t row, int64_t head) {
-    const int64_t seq = operands_.seq;
-    Joint joint{row, head, 0, seq, part_rows_, 0};
+    Joint joint{row, head, 0, operands_.seq, part_rows_, 0};
+    std::vector<SlotRun> rest;  // of which no shares are known
     auto from = static_cast<int64_t>(slots_.size());
-    int64_t tokens = 0;
-    const auto close = [&] {
-      const auto to = static_cast<int64_t>(slots_.size());
-      if (to == from) return;
-      tasks_.push_back({row, head, 0, seq, from, to, part_rows_, true, false});
-      part_rows_ += seq * group_;
-      ++joint.parts;
-      from = to;
-      tokens = 0;
-    };
     for (const SlotRun& run : reads_.chosen->Runs(row, head)) {
+      if (!Known(row, run)) {
+        rest.push_back(run);
+        continue;
+      }
+      for (int64_t slot = run.begin; slot < run.end; ++slot) {
+        slots_.push_back({slot, slot + 1});
+        if (static_cast<int64_t>(slots_.size()) - from == kPartTokens) Close(joint, from, true);
+      }
+    }
+    Close(joint, from, true);
+    int64_t tokens = 0;
+    for (const SlotRun& run : rest) {
       for (int64_t begin = run.begin; begin < run.end; begin = slots_.back().end) {
         slots_.push_back({begin, store_.BlockEnd(row, begin, run.end)});
         tokens += slots_.back().end - begin;
-        if (tokens >= kPartTokens) close();
+        if (tokens < kPartTokens) continue;
+        Close(joint, from, false);
+        tokens = 0;
       }
     }
-    close();
+    Close(joint, from, false);
     joints_.push_back(joint);
+  }
+
+  bool Known(int64_t row, SlotRun run) const {
+    return reads_.shares != nullptr && reads_.shares[row].begin <= run.begin &&
+           run.end <= reads_.shares[row].end;
+  }
+
+  // A task for the pieces from `from` on, if there are any.
+  void Close(Joint& joint, int64_t& from, bool known) {
+    const auto to = static_cast<int64_t>(slots_.size());
+    if (to == from) return;
+    tasks_.push_back({joint.row, joint.head, joint.begin, joint.end, from, to, part_rows_,
+                      known ? Reading::kShares : Reading::kChosen, false});
+    part_rows_ += (joint.end - joint.begin) * group_;
+    ++joint.parts;
+    from = to;
   }
 
   void ClearOutput(int64_t row, int64_t begin, int64_t end) const {
@@ -160,7 +186,11 @@ class Attention {
       float* const sums = sums_.data() + task.part * sum_stride_;
       OpenRows(task, rows_.data() + task.part, sums);
       ReadSinks(task, m, rows_.data() + task.part, sums);
-      if (task.chosen) return ReadChosen(task, m, rows_.data() + task.part, sums);
+      if (task.reading == Reading::kShares) {
+        return ReadShares(task, m, rows_.data() + task.part, sums);
+      }
+      if (task.reading == Reading::kChosen)
+        return ReadChosen(task, m, rows_.data() + task.part, sums);
       return ReadRows(task, m, rows_.data() + task.part, sums);
     }
     std::vector<QueryRow> rows(m);
@@ -261,6 +291,27 @@ class Attention {
         reader_.Values(Piece(task, i), scores + at, m, !all, sums,
                        Piece(task, std::min(i + to - from, task.to - 1)));
       }
+    }
+  }
+
+  // Of slots whose shares are known, values only.
+  void ReadShares(const Task& task, int64_t m, QueryRow* rows, float* sums) const {
+    const TokenShares& known = reads_.shares[task.row];
+    const int64_t first = task.head * group_;
+    float* const shares = ThreadFloats(kScores, m * kScoreStride);
+    for (int64_t i = 0; i < m; ++i) rows[i].max = known.bases[first + i];
+    size_t part = 0;
+    for (int64_t at = task.from; at < task.to; ++at) {
+      const int64_t slot = slots_[at].begin;
+      while (known.parts[part].end <= slot) ++part;
+      const int64_t ahead = at + kTokensAhead;
+      if (ahead < task.to) reader_.PrefetchValue(task.row, task.head, slots_[ahead].begin);
+      const float* const factors = known.factors.data() + part * form_.heads + first;
+      for (int64_t i = 0; i < m; ++i) {
+        shares[i * kScoreStride] = *known.At(first + i, slot) * factors[i];
+        rows[i].sum += shares[i * kScoreStride];
+      }
+      reader_.TokenValue(task.row, task.head, slot, shares, m, sums);
     }
   }
 

@@ -74,7 +74,10 @@ enum ThreadBuffer {
   kPageScratch,
   kPageQueries,
   kFarQueries,
-  kVotes
+  kVotes,
+  kPartScores,
+  kTokenShares,
+  kThreadBuffers  // how many
 };
 float* ThreadFloats(ThreadBuffer use, int64_t floats);
 
@@ -136,11 +139,13 @@ struct Normaliser {
 
 class ChosenSlots;
 class FarSinks;
+struct TokenShares;
 
 // Where a step does not read just the slots it sees: what it reads instead, and what besides.
 struct Reads {
   const ChosenSlots* chosen = nullptr;
   const FarSinks* sinks = nullptr;
+  const TokenShares* shares = nullptr;  // of each row: of what is chosen, what is known already
 };
 
 // Computes y [B, S, H * E], and the normalisers [B, K, S, G] unless null. Throws Error when a

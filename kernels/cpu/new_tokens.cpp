@@ -37,7 +37,7 @@ void RefuseNotFinite(const char* what, const float* x, int64_t heads, int64_t si
 }  // namespace
 
 float* ThreadFloats(ThreadBuffer use, int64_t floats) {
-  thread_local std::vector<float> buffers[kVotes + 1];
+  thread_local std::vector<float> buffers[kThreadBuffers];
   std::vector<float>& buffer = buffers[use];
   if (static_cast<int64_t>(buffer.size()) < floats) buffer.resize(floats);
   return buffer.data();

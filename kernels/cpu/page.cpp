@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <bitset>
 
 #include "cpu/isa.h"
 #include "cpu/page_view.h"
@@ -174,6 +175,39 @@ StoredOrder PageOrder(const PageLayout& layout, const uint8_t* page) {
     order[next[in_0 ? 0 : 1]++] = static_cast<uint8_t>(i);
   }
   return order;
+}
+
+int64_t StoredPlace(const PageLayout& layout, const uint8_t* page, int64_t place) {
+  if (!layout.two_classes()) return place;
+  const uint8_t* const marks = page + layout.marks;
+  int64_t before = 0;  // tokens of class 0
+  for (int64_t i = 0; i < place / 8; ++i) before += std::bitset<8>(marks[i]).count();
+  const unsigned last = marks[place / 8];
+  before += std::bitset<8>(last & ((1U << (place % 8)) - 1)).count();
+  const bool in_0 = last >> (place % 8) & 1;
+  return in_0 ? before : layout.first[1] + place - before;
+}
+
+void DecodeValue(const Kernels& kernels, const PageLayout& layout, const uint8_t* page,
+                 int64_t stored, float* value) {
+  const int c = stored < layout.first[1] ? 0 : 1;
+  const int64_t row = stored - layout.first[c];
+  kernels.panels->widen(ViewPanel(layout.values[c], page, layout.value_factor), row, row + 1, value,
+                        layout.spec.value_size);
+}
+
+void PrefetchValue(const PageLayout& layout, const uint8_t* page, int64_t stored) {
+  constexpr int64_t kLineBytes = 64;
+  const int c = stored < layout.first[1] ? 0 : 1;
+  const PanelLayout& panel = layout.values[c];
+  const PanelView view = ViewPanel(panel, page, layout.value_factor);
+  const int64_t row = stored - layout.first[c];
+  for (int64_t i = 0; i < panel.row_bytes; i += kLineBytes) {
+    __builtin_prefetch(view.codes + row * panel.row_bytes + i);
+  }
+  if (panel.bits == 16) return;
+  __builtin_prefetch(view.scales + row * panel.groups);
+  __builtin_prefetch(view.minima + row * panel.groups);
 }
 
 }  // namespace effc

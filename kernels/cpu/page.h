@@ -88,6 +88,14 @@ void DecodePage(const Kernels& kernels, const PageLayout& layout, const uint8_t*
 using StoredOrder = std::array<uint8_t, kMaxPage>;
 StoredOrder PageOrder(const PageLayout& layout, const uint8_t* page);
 
+// The stored place of the token at a place within the page.
+int64_t StoredPlace(const PageLayout& layout, const uint8_t* page, int64_t place);
+
+// The value at a stored place, widened: [E].
+void DecodeValue(const Kernels& kernels, const PageLayout& layout, const uint8_t* page,
+                 int64_t stored, float* value);
+void PrefetchValue(const PageLayout& layout, const uint8_t* page, int64_t stored);
+
 // Encodes a page; every one of its bytes is written. `keys` and `values` are `page` pointers to
 // rows of D and E floats in token order, valid[i] != 0 marks tokens that can be seen; rows of the
 // others are not read. `importance` [page] is read with two classes, `query_max` [D] (maxima of

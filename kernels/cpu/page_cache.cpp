@@ -5,6 +5,7 @@
 
 #include "cpu/page_bounds.h"
 #include "cpu/page_step.h"
+#include "cpu/token_votes.h"
 
 namespace effc {
 
@@ -12,14 +13,15 @@ PageStorage::PageStorage(const AttentionForm& form, const PageCacheSpec& spec,
                          const SelectionSpec& selection)
     : form_(form), spec_(spec), selection_(selection), layout_(spec.page) {
   if (selection.kind == SelectionKind::kAll) return;
-  if (selection.kind != SelectionKind::kPages) {
-    throw Error("storage 'pages' has the selections 'all' and 'pages'");
+  const bool pages = selection.kind == SelectionKind::kPages;
+  if (!pages && selection.kind != SelectionKind::kTopK) {
+    throw Error("storage 'pages' has the selections 'all', 'pages' and 'topk'");
   }
-  if (!HasBounds(spec.page)) {
+  if (pages && !HasBounds(spec.page)) {
     throw Error("selection 'pages' needs keys that are coded by channel in less than 16 bits");
   }
-  if (selection.block != spec.page.page || selection.sinks != spec.sinks ||
-      selection.recent != spec.recent) {
+  if (selection.sinks != spec.sinks || selection.recent != spec.recent ||
+      (pages && selection.block != spec.page.page)) {
     throw Error("the selection has other sinks, recent tokens or blocks than the pages");
   }
 }
@@ -56,6 +58,17 @@ std::vector<int64_t> PageStorage::Present(size_t index, const std::vector<int64_
   return dims;
 }
 
+VotedSlots PageStorage::Choose(const Kernels& kernels, const PageStep& step, const PageStore& store,
+                               const ParallelFunction& parallel) const {
+  if (selection_.kind == SelectionKind::kTopK) {
+    return VoteForTokens(kernels, form_, step.operands, step.tokens, store, selection_, parallel);
+  }
+  if (selection_.kind == SelectionKind::kAll) return {};
+  const PageBounds bounds(kernels, step);
+  return {ChooseSlots(kernels, form_, step.operands, step.tokens, selection_, bounds, parallel),
+          {}};
+}
+
 void PageStorage::Step(const Kernels& kernels, const AttentionOperands& operands,
                        const std::vector<CacheTensor>& past,
                        const std::vector<CacheTensor>& present, const ParallelFunction& parallel,
@@ -65,12 +78,8 @@ void PageStorage::Step(const Kernels& kernels, const AttentionOperands& operands
   const PageStore store(step);
   std::vector<Normaliser> normalisers;
   if (spec_.two_classes()) normalisers.resize(operands.batch * operands.seq * form_.heads);
-  ChosenSlots chosen;
-  if (selection_.kind == SelectionKind::kPages) {
-    const PageBounds bounds(kernels, step);
-    chosen = ChooseSlots(kernels, form_, operands, tokens, selection_, bounds, parallel);
-  }
-  Attend(kernels, form_, operands, tokens, store, {&chosen}, parallel, y,
+  const VotedSlots voted = Choose(kernels, step, store, parallel);
+  Attend(kernels, form_, operands, tokens, store, voted.reads(), parallel, y,
          normalisers.empty() ? nullptr : normalisers.data());
   parallel(operands.batch * form_.kv_heads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t at = begin; at < end; ++at) {

@@ -7,6 +7,10 @@
 
 namespace effc {
 
+class PageStep;
+class PageStore;
+struct VotedSlots;
+
 // How the salient tokens of a page are chosen.
 enum class Importance : int32_t { kNone, kNormalised, kCausalCount, kAccumulated };
 
@@ -43,6 +47,9 @@ class PageStorage : public CacheStorage {
             const ParallelFunction& parallel, float* y) const override;
 
  private:
+  VotedSlots Choose(const Kernels& kernels, const PageStep& step, const PageStore& store,
+                    const ParallelFunction& parallel) const;
+
   AttentionForm form_;
   PageCacheSpec spec_;
   SelectionSpec selection_;

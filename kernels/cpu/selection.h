@@ -11,7 +11,7 @@
 
 namespace effc {
 
-enum class SelectionKind : int32_t { kAll, kPages, kWindow, kEvict };
+enum class SelectionKind : int32_t { kAll, kPages, kTopK, kWindow, kEvict };
 
 // How far sinks are from a query that reads them beyond its window.
 enum class FarPositions : int32_t {
@@ -21,9 +21,10 @@ enum class FarPositions : int32_t {
 };
 
 // The attributes of a selection. kPages: a row's tokens before a step are `sinks` first ones, whole
-// blocks, and at least `recent` last ones; a step chooses among the blocks. kWindow: `sinks` first
-// ones are read besides the window. kEvict: the cache keeps `budget` tokens, `sinks` first and
-// `recent` last ones among them, and loses `block` tokens when it is full.
+// blocks, and at least `recent` last ones; a step chooses among the blocks. kTopK: the same with
+// blocks of one token. kWindow: `sinks` first ones are read besides the window. kEvict: the cache
+// keeps `budget` tokens, `sinks` first and `recent` last ones among them, and loses `block` tokens
+// when it is full.
 struct SelectionSpec {
   SelectionKind kind = SelectionKind::kAll;
   int64_t sinks = 0;
@@ -56,16 +57,19 @@ struct SlotRun {
 class ChosenSlots {
  public:
   ChosenSlots() = default;
+  // With one head, all key heads share its runs.
   ChosenSlots(int64_t rows, int64_t heads) : heads_(heads), runs_(rows * heads) {}
 
   bool Selects(int64_t row) const { return !runs_.empty() && !runs_[row * heads_].empty(); }
-  std::vector<SlotRun>& Runs(int64_t row, int64_t head) { return runs_[row * heads_ + head]; }
+  std::vector<SlotRun>& Runs(int64_t row, int64_t head) {
+    return runs_[row * heads_ + head % heads_];
+  }
   const std::vector<SlotRun>& Runs(int64_t row, int64_t head) const {
-    return runs_[row * heads_ + head];
+    return runs_[row * heads_ + head % heads_];
   }
 
  private:
-  int64_t heads_ = 0;
+  int64_t heads_ = 1;
   std::vector<std::vector<SlotRun>> runs_;
 };
 
@@ -79,7 +83,7 @@ class BlockBounds {
                      int64_t end, float* bounds, int64_t stride) const = 0;
 };
 
-// Chooses for a step of one new token; a step of several reads everything.
+// Chooses blocks for a step of one new token; a step of several reads everything.
 ChosenSlots ChooseSlots(const Kernels& kernels, const AttentionForm& form,
                         const AttentionOperands& operands, const NewTokens& tokens,
                         const SelectionSpec& spec, const BlockBounds& bounds,

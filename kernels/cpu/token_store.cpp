@@ -6,6 +6,9 @@
 namespace effc {
 namespace {
 
+constexpr int64_t kLineBytes = 64;
+constexpr int64_t kStreamBytes = 4096;  // how far ahead rows that follow each other are fetched
+
 int64_t Distance(const TokenRows& from, const TokenRows& to) {
   return static_cast<int64_t>(reinterpret_cast<uintptr_t>(to.data) -
                               reinterpret_cast<uintptr_t>(from.data));
@@ -35,9 +38,23 @@ void BlockReader::Scores(const BlockPlace& block, const float* queries, int64_t 
                          float* scores) const {
   const int64_t d = form_.head_size;
   ForEachRun(store_, block, [&](const TokenSpan& run, int64_t at) {
-    if (run.page != nullptr) return ScorePage(run.page, queries, m, ordered, scores);
+    if (run.page != nullptr) {
+      return ScorePage(run.page, queries, m, ordered, scores, kScoreStride);
+    }
     pieces_.scores(queries, PaddedRow(d), m, run.keys, run.count, d, scores + at, kScoreStride,
                    Distance(run.keys, run.values));
+  });
+}
+
+void BlockReader::KeyScores(const BlockPlace& block, const float* queries, int64_t m, float* scores,
+                            int64_t stride) const {
+  const int64_t d = form_.head_size;
+  ForEachRun(store_, block, [&](const TokenSpan& run, int64_t at) {
+    if (run.page == nullptr) {
+      return pieces_.scores(queries, PaddedRow(d), m, run.keys, run.count, d, scores + at, stride,
+                            kStreamBytes);
+    }
+    ScorePage(run.page, queries, m, true, scores, stride);
   });
 }
 
@@ -67,7 +84,7 @@ void BlockReader::Widen(const BlockPlace& block, float* panels, float* values) c
 }
 
 void BlockReader::ScorePage(const uint8_t* page, const float* queries, int64_t m, bool ordered,
-                            float* scores) const {
+                            float* scores, int64_t stride) const {
   const PageLayout& layout = *store_.layout();
   const int64_t d = form_.head_size;
   const float* rows = queries;
@@ -78,14 +95,14 @@ void BlockReader::ScorePage(const uint8_t* page, const float* queries, int64_t m
   }
   float* const scratch = ThreadFloats(kPageScratch, PageScratchFloats(layout, m));
   if (!ordered || !layout.two_classes()) {
-    return PageScores(kernels_, layout, page, rows, m, scores, kScoreStride, scratch);
+    return PageScores(kernels_, layout, page, rows, m, scores, stride, scratch);
   }
   float* const stored = ThreadFloats(kPageRows, m * kScoreStride);
   PageScores(kernels_, layout, page, rows, m, stored, kScoreStride, scratch);
   const StoredOrder order = PageOrder(layout, page);
   for (int64_t i = 0; i < m; ++i) {
     for (int64_t t = 0; t < layout.spec.page; ++t) {
-      scores[i * kScoreStride + order[t]] = stored[i * kScoreStride + t];
+      scores[i * stride + order[t]] = stored[i * kScoreStride + t];
     }
   }
 }
@@ -113,6 +130,33 @@ void BlockReader::WeighPage(const uint8_t* page, const float* weights, int64_t m
   CopyRows(sums, PaddedRow(e), m, e, packed, e);
   PageValues(kernels_, layout, page, rows, kScoreStride, m, packed, scratch);
   CopyRows(packed, e, m, e, sums, PaddedRow(e));
+}
+
+void BlockReader::TokenValue(int64_t row, int64_t head, int64_t slot, const float* weights,
+                             int64_t m, float* sums) const {
+  const int64_t e = form_.value_size;
+  const TokenSpan run = store_.Run(row, head, slot, slot + 1);
+  TokenRows value = run.values;
+  if (run.page != nullptr) {
+    const PageLayout& layout = *store_.layout();
+    float* const decoded = ThreadFloats(kPageRows, PaddedRow(e));
+    const int64_t place = slot - store_.BlockBegin(row, slot);
+    DecodeValue(kernels_, layout, run.page, StoredPlace(layout, run.page, place), decoded);
+    value = {decoded, Type::kFloat, e};
+  }
+  pieces_.values(weights, kScoreStride, m, value, 1, e, sums, PaddedRow(e), 0);
+}
+
+void BlockReader::PrefetchValue(int64_t row, int64_t head, int64_t slot) const {
+  const TokenSpan run = store_.Run(row, head, slot, slot + 1);
+  if (run.page != nullptr) {
+    const PageLayout& layout = *store_.layout();
+    const int64_t place = slot - store_.BlockBegin(row, slot);
+    return ::effc::PrefetchValue(layout, run.page, StoredPlace(layout, run.page, place));
+  }
+  const auto* const bytes = static_cast<const char*>(run.values.data);
+  const int64_t count = form_.value_size * ElementBytes(run.values.type);
+  for (int64_t i = 0; i < count; i += kLineBytes) __builtin_prefetch(bytes + i);
 }
 
 void BlockReader::WidenPage(const uint8_t* page, float* panels, float* values) const {

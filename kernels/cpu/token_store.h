@@ -44,15 +44,22 @@ class BlockReader {
   // Scores of m query rows, PaddedRow(D) apart.
   void Scores(const BlockPlace& block, const float* queries, int64_t m, bool ordered,
               float* scores) const;
+  // Scores in slot order, `stride` apart, for who reads no values after them.
+  void KeyScores(const BlockPlace& block, const float* queries, int64_t m, float* scores,
+                 int64_t stride) const;
   // Adds weighted values to sums, PaddedRow(E) apart. Prefetches the keys of `next`.
   void Values(const BlockPlace& block, const float* weights, int64_t m, bool ordered, float* sums,
               const BlockPlace& next) const;
+  // The same of one token in a block that may be longer.
+  void TokenValue(int64_t row, int64_t head, int64_t slot, const float* weights, int64_t m,
+                  float* sums) const;
+  void PrefetchValue(int64_t row, int64_t head, int64_t slot) const;
   // Panels of transposed keys, and rows of E values, in slot order.
   void Widen(const BlockPlace& block, float* panels, float* values) const;
 
  private:
-  void ScorePage(const uint8_t* page, const float* queries, int64_t m, bool ordered,
-                 float* scores) const;
+  void ScorePage(const uint8_t* page, const float* queries, int64_t m, bool ordered, float* scores,
+                 int64_t stride) const;
   void WeighPage(const uint8_t* page, const float* weights, int64_t m, bool ordered,
                  float* sums) const;
   void WidenPage(const uint8_t* page, float* panels, float* values) const;

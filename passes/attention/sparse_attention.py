@@ -39,10 +39,11 @@ class SparseAttention(Pass):
 
     `pages`: a step of one new token chooses the blocks of tokens that may get much attention, anew for every token.
     Nothing is dropped: every token stays in the cache, at its position, and may be read by a later step; prompts are
-    read in full. `window`: every token reads the last ones and the first ones only, so that memory and time stay
-    constant however long the text gets; what leaves the window is gone. `evict`: the cache has room for a constant
-    number of tokens; when it is full, those that the last queries attend to stay and the others are gone. A prompt
-    that is read in one step is read in full. `docs/sparse-attention.md` has what they cost and save.
+    read in full. `topk`: the same with single tokens; all keys are read, and the values of those that matter. `window`:
+    every token reads the last ones and the first ones only, so that memory and time stay constant however long the text
+    gets; what leaves the window is gone. `evict`: the cache has room for a constant number of tokens; when it is full,
+    those that the last queries attend to stay and the others are gone; a prompt that is read in one step is read in
+    full. `docs/sparse-attention.md` has what each costs and saves.
 
     Before:
 
@@ -59,33 +60,35 @@ class SparseAttention(Pass):
     added.
 
     Attributes:
-        scheme: `pages`: blocks of tokens by the least and the largest element of every key channel (Quest). `window`:
-            the last tokens in a ring and the first ones (StreamingLLM, LM-Infinite). `evict`: those that the last
-            queries attend to, the others dropped (SnapKV).
-        budget: `pages`: tokens in blocks that a step reads, at least; None: 1024, and 0 with `share`. `evict`:
-            tokens that stay when the cache is full, sinks and recent ones included; None: 2048.
-        share: `pages`: share of the blocks that a step reads, at least.
+        scheme: `pages`: blocks of tokens by the least and the largest element of every key channel (Quest). `topk`:
+            single tokens by the attention of all heads together (TokenSelect). `window`: the last tokens in a ring and
+            the first ones (StreamingLLM, LM-Infinite). `evict`: those that the last queries attend to, the others
+            dropped (SnapKV).
+        budget: `pages`: tokens in blocks that a step reads, `topk`: tokens that it reads the values of, at least; None:
+            1024, and 0 with `share`. `evict`: tokens that stay when the cache is full, sinks and recent ones included;
+            None: 2048.
+        share: `pages`, `topk`: share of the blocks or tokens that a step reads, at least.
         block: `pages`: tokens of a block of a dense cache; None: 16. A coded cache has its pages. `evict`: tokens
             beyond the budget that a full cache has and loses then; None: one in 16 of the budget, at most 256.
         sinks: Tokens at the start that every step reads; None: 4, or as the coded cache keeps them.
         recent: Tokens at the end that every step reads: with `pages` at least so many, None: 32, or as the coded cache
-            keeps them; with `window` exactly so many, the new one included, None: 1024; with `evict`
-            those whose queries choose what stays, None: 32.
+            keeps them; with `topk` exactly so many, None: 32; with `window` too, the new one included, None: 1024; with
+            `evict` those whose queries choose what stays, None: 32.
         positions: `window`: how far the sinks are from a query that reads them beyond its window. `compact`: as if they
             came right before the window (StreamingLLM). `cap`: as far as the window is long (LM-Infinite). `keep`: as
             far as they are, which a model knows only up to the length it was trained on. None: `compact`.
         pool: `evict`: tokens over which the attention is averaged before the best ones are chosen, odd; None: 5.
         pyramid: `evict`: budgets that fall from layer to layer, `budget` on average (PyramidKV); None: all alike.
-        dense_below: `pages`: with fewer cached tokens than this, everything is read.
-        first: Layers at the start that are left alone; None: 2 with `pages`, since attention is spread most widely
-            there, else 0.
+        dense_below: `pages`, `topk`: with fewer cached tokens than this, everything is read.
+        first: Layers at the start that are left alone; None: 2 with `pages` and `topk`, since attention is spread most
+            widely there, else 0.
         last: Layers at the end that are left alone.
         skip: Glob patterns of layers to leave alone, joined by `|`, such as `*layer?3`.
     """
 
     name: ClassVar[str] = "sparse-attention"
     contract: ClassVar[Contract] = Contract.APPROXIMATE
-    scheme: Literal["pages", "window", "evict"] = "pages"
+    scheme: Literal["pages", "topk", "window", "evict"] = "pages"
     budget: int | None = field(default=None, metadata={"range": "0 or more"})
     share: float | None = field(default=None, metadata={"range": "above 0, to 1"})
     block: int | None = field(default=None, metadata={"range": "1 to 256"})

@@ -71,7 +71,9 @@ def weight_readers(weight: ir.Value) -> tuple[list[WeightReader], str]:
     return readers, ""
 
 
-def _consumers(value: ir.Value, path: tuple[ir.Node, ...]) -> Iterator[tuple[tuple[ir.Node, ...], ir.Node, int]]:
+def _consumers(
+    value: ir.Value, path: tuple[ir.Node, ...]
+) -> Iterator[tuple[tuple[ir.Node, ...], ir.Node, int]]:
     """Consumers of a weight, looking through widening casts, transposes and identities."""
     for node, at in value.uses():
         through = is_op(node, "Cast", "Transpose", "Identity") and not node.outputs[0].is_graph_output()

@@ -13,8 +13,9 @@ from effc.ir.dialect.cache_storage import HeadSizes, PageStorage
 
 @dataclass(frozen=True)
 class Selection:
-    """Attributes of a selection of blocks."""
+    """Attributes of a selection of blocks, or of tokens: blocks of one."""
 
+    kind: str = "pages"
     sinks: int = 4
     recent: int = 12
     block: int = 16
@@ -25,7 +26,7 @@ class Selection:
     def attributes(self) -> dict[str, object]:
         names = ("sinks", "recent", "block", "budget", "share")
         return {
-            "selection": "pages",
+            "selection": self.kind,
             "dense_below": self.dense_below,
             **{f"select_{name}": getattr(self, name) for name in names},
         }
@@ -84,6 +85,25 @@ def chosen_blocks(form: Form, selection: Selection, queries: np.ndarray, bounds:
     ranks = (most - top - np.log(np.exp(most - top).sum(axis=1, keepdims=True))).max(axis=0)
     order = np.lexsort((np.arange(len(bounds)), -ranks))
     return np.sort(order[: selection.wanted(len(bounds))])
+
+
+def votes(form: Form, queries: np.ndarray, keys: np.ndarray, valid: np.ndarray) -> np.ndarray:
+    """What all heads together give each token: the sum of their softmaxes.
+
+    Args:
+        form: Of the attention.
+        queries: [H, D], rotated.
+        keys: [K, tokens, D] of the tokens to choose from.
+        valid: [tokens].
+    """
+    total = np.zeros(keys.shape[1])
+    for head, query in enumerate(queries):
+        scores = keys[head // (form.heads // form.kv_heads)] @ query * form.scale
+        if form.softcap:
+            scores = form.softcap * np.tanh(scores / form.softcap)
+        shares = np.where(valid, np.exp(scores - scores[valid].max()), 0)
+        total += shares / shares.sum()
+    return total
 
 
 def read_slots(selection: Selection, chosen: np.ndarray, blocks: int, start: int, total: int) -> np.ndarray:

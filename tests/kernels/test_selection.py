@@ -2,188 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 
-import ml_dtypes
 import numpy as np
-import onnx_ir as ir
 import pytest
-from attention_oracle import Form, rotate, split
-from cached_attention_model import DENSE, Model, open_model
-from paged_cache_oracle import PageCodec, Pages
-from selection_oracle import Selection, chosen_blocks, dense_bounds, page_bounds, read_slots
+from attention_oracle import Form
+from cached_attention_model import DENSE, open_model
+from paged_cache_oracle import Pages
+from selected_cache import (
+    EVEN,
+    F32,
+    FORMS,
+    PAGED,
+    STORAGES,
+    TOKENS,
+    Cache,
+    Expected,
+    form_for,
+    part,
+    selection_for,
+    tokens_of,
+)
+from selection_oracle import Selection
 
-from effc.ir.dialect.cache_storage import HeadSizes, PageStorage
-
-BF16, F32 = np.dtype(ml_dtypes.bfloat16), np.dtype(np.float32)
-FORMS = {
-    "mha": Form(3, 3, 32, 16, scale=32**-0.5),
-    "gqa": Form(6, 2, 32, 32, scale=0.3, softcap=30.0),
-    "rotary": Form(4, 1, 33, 48, scale=0.4, rotary="half", rotary_size=32),
-}
-EVEN = {name: replace(form, head_size=32) for name, form in FORMS.items()}
-PAGED = {
-    "int8": Pages(page=16, salient=16),
-    "int4": Pages(page=32, key_bits=(4, 4), value_bits=(4, 4), key_group=16),
-    "mixed": Pages(page=32, salient=16, key_bits=(4, 2), value_bits=(4, 2), importance="normalised"),
-}
-STORAGES = ("float32", "bfloat16", *PAGED)
-TOKENS = 330
-
-
-@dataclass
-class Cache:
-    """A session with its cache, stepped with any number of tokens."""
-
-    form: Form
-    storage: str
-    selection: Selection | None
-    batch: int = 1
-    capacity: int = 512
-
-    def __post_init__(self) -> None:
-        attributes = DENSE if self.storage not in PAGED else DENSE | asdict(PAGED[self.storage]) | {"storage": "pages"}
-        if self.selection is not None:
-            attributes = attributes | self.selection.attributes()
-        self.past = self._empty()
-        optional = ["cos", "sin"] if self.form.rotary != "none" else []
-        self.model: Model = open_model(self.form, self.past, optional, storage=attributes)
-        self.tokens = 0
-
-    def _empty(self) -> list[np.ndarray]:
-        form, lead = self.form, (self.batch, self.form.kv_heads)
-        if self.storage in PAGED:
-            pages = PAGED[self.storage]
-            tensors = [np.zeros((*lead, pages.places, size), BF16) for size in (form.head_size, form.value_size)]
-            tensors.append(np.zeros((*lead, self.capacity // pages.page, PageCodec(form, pages).bytes), np.uint8))
-            if pages.statistics:
-                tensors.append(np.zeros((*lead, 2 * pages.places + form.head_size), F32))
-            return tensors
-        dtype = F32 if self.storage == "float32" else BF16
-        tensors = [np.zeros((*lead, self.capacity, size), dtype) for size in (form.head_size, form.value_size)]
-        if self.selection is not None:
-            blocks = self.capacity // self.selection.block
-            tensors.append(np.zeros((*lead, blocks, 2 * form.head_size), dtype))
-        return tensors
-
-    def step(self, feeds: dict[str, np.ndarray], count: int) -> np.ndarray:
-        y, self.past = self.model.run(part(feeds, self.tokens, self.tokens + count), self.past, in_place=True)
-        self.tokens += count
-        return y
-
-    def run(self, feeds: dict[str, np.ndarray], steps: Sequence[int]) -> np.ndarray:
-        return np.concatenate([self.step(feeds, count) for count in steps], axis=1)
+KINDS = ("pages", "topk")
 
 
-def part(feeds: dict[str, np.ndarray], begin: int, end: int) -> dict[str, np.ndarray]:
-    new = {name: feeds[name][:, begin:end] for name in ("query", "key", "value", "cos", "sin") if name in feeds}
-    return new | {"valid": feeds["valid"][:, :end]}
-
-
-def tokens_of(form: Form, batch: int = 1, seed: int = 3, count: int = TOKENS) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(seed)
-    widths = {
-        "query": form.heads * form.head_size,
-        "key": form.kv_heads * form.head_size,
-        "value": form.kv_heads * form.value_size,
-    }
-    feeds = {name: rng.standard_normal((batch, count, width)).astype(F32) for name, width in widths.items()}
-    feeds["query"] *= 2
-    feeds["valid"] = np.ones((batch, count), bool)
-    if form.rotary != "none":
-        angles = np.arange(count)[:, None] / 50.0 ** np.linspace(0, 1, form.rotary_size // 2)
-        angles = np.broadcast_to(angles, (batch, *angles.shape))
-        feeds |= {"cos": np.cos(angles).astype(F32), "sin": np.sin(angles).astype(F32)}
-    return feeds
-
-
-def selection_for(storage: str, **options: float) -> Selection:
-    """One with the tokens that the storage keeps as they are."""
-    block = PAGED[storage].page if storage in PAGED else 16
-    return replace(Selection(block=block), **options)
-
-
-def form_for(name: str, storage: str) -> Form:
-    return EVEN[name] if storage in PAGED else FORMS[name]
-
-
-class Expected:
-    """The tokens of one row of a cache, read back, and attention over those that are chosen."""
-
-    def __init__(self, cache: Cache, selection: Selection, feeds: dict[str, np.ndarray], row: int = 0) -> None:
-        self.cache, self.selection, self.row = cache, selection, row
-        self.start = int(np.argmax(feeds["valid"][row]))
-        self.feeds = {name: array[row : row + 1] for name, array in feeds.items()}
-        self.before = cache.tokens - self.start
-        self.keys, self.values = self._decoded() if cache.storage in PAGED else self._dense()
-
-    def _dense(self) -> tuple[np.ndarray, np.ndarray]:
-        span = slice(self.start, self.cache.tokens)
-        keys, values = (self.cache.past[i][self.row, :, span].astype(np.float64) for i in (0, 1))
-        return keys, values
-
-    def _decoded(self) -> tuple[np.ndarray, np.ndarray]:
-        form, pages, past = self.cache.form, PAGED[self.cache.storage], self.cache.past
-        codec, count = PageCodec(form, pages), pages.pages(self.before)
-        both = []
-        for which in (0, 1):
-            exact = past[which][self.row].astype(np.float64)
-            decoded = [
-                [codec.decode(past[2][self.row, head, p])[which] for p in range(count)] for head in range(form.kv_heads)
-            ]
-            size = exact.shape[2]
-            middle = np.array(decoded, np.float64).reshape(form.kv_heads, count * pages.page, size)
-            tail = self.before - pages.sinks - count * pages.page
-            parts = [exact[:, : pages.sinks], middle, exact[:, pages.sinks : pages.sinks + tail]]
-            both.append(np.concatenate(parts, axis=1)[:, : self.before])
-        return both[0], both[1]
-
-    def bounds(self, head: int) -> list[np.ndarray]:
-        blocks = self.selection.blocks(self.before)
-        if self.cache.storage not in PAGED:
-            return [one[None] for one in dense_bounds(self.selection, self.keys, blocks)[head]]
-        form, pages = self.cache.form, PAGED[self.cache.storage]
-        storage = PageStorage(ir.DataType.BFLOAT16, **asdict(pages))
-        sizes = HeadSizes(form.kv_heads, form.head_size, form.value_size)
-        return [page_bounds(storage, sizes, self.cache.past[2][self.row, head, p]) for p in range(blocks)]
-
-    def step(self) -> tuple[np.ndarray, list[np.ndarray]]:
-        """The next token's result [H * E], and the slots each key head reads (from the row's first token)."""
-        form, at = self.cache.form, self.cache.tokens
-        new = part(self.feeds, at, at + 1)
-        q, k = split(new["query"], form.heads), split(new["key"], form.kv_heads)
-        if form.rotary != "none":
-            q, k = (rotate(x, new["cos"], new["sin"], form) for x in (q, k))
-        keys = np.concatenate([self.keys, k[0]], axis=1)
-        values = np.concatenate([self.values, split(new["value"], form.kv_heads)[0]], axis=1)
-        group, results, reads = form.heads // form.kv_heads, [], []
-        for head in range(form.kv_heads):
-            queries = q[0, head * group : (head + 1) * group, 0]
-            read = self._read(head, queries)
-            reads.append(read)
-            for query in queries:
-                scores = keys[head, read] @ query * form.scale
-                if form.softcap:
-                    scores = form.softcap * np.tanh(scores / form.softcap)
-                weights = np.exp(scores - scores.max())
-                results.append(weights @ values[head, read] / weights.sum())
-        return np.concatenate(results), reads
-
-    def _read(self, head: int, queries: np.ndarray) -> np.ndarray:
-        blocks = self.selection.blocks(self.before)
-        total = self.before + 1
-        if self.before < self.selection.dense_below or self.selection.wanted(blocks) >= blocks:
-            return np.ones(total, bool)
-        chosen = chosen_blocks(self.cache.form, self.selection, queries, self.bounds(head))
-        return read_slots(self.selection, chosen, blocks, 0, total)
-
-
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", FORMS)
 @pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("options", [{"budget": 64}, {"share": 0.25}, {"share": 0.1, "dense_below": 250}], ids=str)
-def test_matches_float64(name: str, storage: str, options: dict[str, float], isa: str) -> None:
-    form, selection = form_for(name, storage), selection_for(storage, **options)
+def test_matches_float64(kind: str, name: str, storage: str, options: dict[str, float], isa: str) -> None:
+    form, selection = form_for(name, storage), selection_for(kind, storage, **options)
     feeds = tokens_of(form)
     cache = Cache(form, storage, selection)
     cache.run(feeds, [100, 101])
@@ -200,23 +50,25 @@ def test_matches_float64(name: str, storage: str, options: dict[str, float], isa
     assert not any(read.all() for read in reads)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", FORMS)
 @pytest.mark.parametrize("storage", STORAGES)
-def test_a_full_budget_is_dense(name: str, storage: str) -> None:
+def test_a_full_budget_is_dense(kind: str, name: str, storage: str) -> None:
     """The same bits as without a selection."""
     form = form_for(name, storage)
     feeds = tokens_of(form)
     steps = [200, *[1] * 60]
     dense = Cache(form, storage, None).run(feeds, steps)
     for options in ({"budget": 512}, {"share": 1.0}, {"budget": 16, "dense_below": TOKENS}):
-        found = Cache(form, storage, selection_for(storage, **options)).run(feeds, steps)
+        found = Cache(form, storage, selection_for(kind, storage, **options)).run(feeds, steps)
         assert np.array_equal(found, dense)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("storage", STORAGES)
-def test_rows_do_not_depend_on_each_other(storage: str) -> None:
+def test_rows_do_not_depend_on_each_other(kind: str, storage: str) -> None:
     """A row in a left-padded batch is the row alone."""
-    form, selection = form_for("gqa", storage), selection_for(storage, budget=64)
+    form, selection = form_for("gqa", storage), selection_for(kind, storage, budget=64)
     feeds = tokens_of(form, batch=3)
     feeds["valid"][1, :57] = False
     feeds["valid"][2, :150] = False
@@ -228,9 +80,10 @@ def test_rows_do_not_depend_on_each_other(storage: str) -> None:
         assert np.array_equal(found[0, -50:], together[row, -50:])
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("storage", ["float32", "bfloat16"])
-def test_chunks_of_a_prompt_do_not_matter(storage: str) -> None:
-    form, selection = form_for("gqa", storage), selection_for(storage, budget=64)
+def test_chunks_of_a_prompt_do_not_matter(kind: str, storage: str) -> None:
+    form, selection = form_for("gqa", storage), selection_for(kind, storage, budget=64)
     feeds = tokens_of(form)
     whole, parts = (
         Cache(form, storage, selection).run(feeds, [*prompt, *[1] * 30]) for prompt in ([250], [90, 2, 158])
@@ -238,9 +91,10 @@ def test_chunks_of_a_prompt_do_not_matter(storage: str) -> None:
     np.testing.assert_allclose(parts[:, -30:], whole[:, -30:], atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("storage", STORAGES)
-def test_the_same_step_twice(storage: str) -> None:
-    form, selection = form_for("rotary", storage), selection_for(storage, budget=32)
+def test_the_same_step_twice(kind: str, storage: str) -> None:
+    form, selection = form_for("rotary", storage), selection_for(kind, storage, budget=32)
     feeds = tokens_of(form)
     cache = Cache(form, storage, selection)
     cache.run(feeds, [250])
@@ -249,14 +103,15 @@ def test_the_same_step_twice(storage: str) -> None:
     assert np.array_equal(first, second)
 
 
-def test_group_heads_are_repeated_key_heads() -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_group_heads_are_repeated_key_heads(kind: str) -> None:
     """GQA with one query repeated over its group reads what the key head alone reads."""
     form = FORMS["gqa"]
     feeds = tokens_of(form)
     group = form.heads // form.kv_heads
     one = feeds["query"].reshape(1, TOKENS, form.kv_heads, group, -1)[:, :, :, :1]
     feeds["query"] = np.repeat(one, group, axis=3).reshape(1, TOKENS, -1)
-    selection, steps = Selection(budget=64), [250, *[1] * 20]
+    selection, steps = selection_for(kind, "float32", budget=64), [250, *[1] * 20]
     grouped = Cache(form, "float32", selection).run(feeds, steps)
     alone = feeds | {"query": one.reshape(1, TOKENS, -1)}
     single = Cache(replace(form, heads=form.kv_heads), "float32", selection).run(alone, steps)
@@ -264,10 +119,11 @@ def test_group_heads_are_repeated_key_heads() -> None:
     np.testing.assert_allclose(grouped, wanted.reshape(grouped.shape), atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("storage", STORAGES)
-def test_a_planted_key_is_found(storage: str) -> None:
+def test_a_planted_key_is_found(kind: str, storage: str) -> None:
     form = form_for("mha", storage)
-    selection = selection_for(storage, budget=32)
+    selection = selection_for(kind, storage, budget=32)
     feeds = tokens_of(form)
     feeds["key"][0, 77] = 3 * feeds["query"][0, 300]
     feeds["value"][0, 77] = 50
@@ -277,8 +133,9 @@ def test_a_planted_key_is_found(storage: str) -> None:
     np.testing.assert_allclose(found, 50, rtol=0.05)
 
 
-def test_ties_go_to_the_earlier_block() -> None:
-    form, selection = FORMS["mha"], Selection(sinks=0, recent=0, budget=32)
+@pytest.mark.parametrize("kind", KINDS)
+def test_ties_go_to_the_earlier_block(kind: str) -> None:
+    form, selection = FORMS["mha"], selection_for(kind, "float32", sinks=0, recent=0, budget=32)
     feeds = tokens_of(form)
     feeds["key"][:] = 1
     feeds["value"][:] = np.arange(TOKENS)[None, :, None]
@@ -287,8 +144,9 @@ def test_ties_go_to_the_earlier_block() -> None:
     np.testing.assert_allclose(cache.step(feeds, 1), (np.arange(32).sum() + 160) / 33, rtol=1e-6)
 
 
-def test_invalid_tokens_inside_are_not_read() -> None:
-    form, selection = FORMS["gqa"], Selection(budget=64)
+@pytest.mark.parametrize("kind", KINDS)
+def test_invalid_tokens_inside_are_not_read(kind: str) -> None:
+    form, selection = FORMS["gqa"], selection_for(kind, "float32", budget=64)
     feeds = tokens_of(form)
     feeds["valid"][0, 20:200:3] = False
     spoiled = {name: array.copy() for name, array in feeds.items()}
@@ -319,6 +177,8 @@ def test_bounds_that_are_not_shared_are_copied() -> None:
         (FORMS["gqa"], DENSE, {"select_block": 0}, "'select_block' is 0"),
         (FORMS["gqa"], DENSE, {"select_share": 1.5}, "'select_share' is 1.5"),
         (EVEN["gqa"], PAGED["int8"], {"select_recent": 40}, "other sinks, recent tokens or blocks"),
+        (EVEN["gqa"], PAGED["int8"], {"selection": "topk", "select_block": 1, "select_sinks": 3}, "other sinks"),
+        (FORMS["gqa"], DENSE, {"selection": "topk"}, "has blocks of one token"),
         (EVEN["gqa"], Pages(page=16, salient=16, key_scheme="balanced"), {}, "coded by channel"),
         (EVEN["gqa"], Pages(page=16, salient=16, key_bits=(16, 16)), {}, "coded by channel"),
     ],

@@ -9,11 +9,20 @@ from effc.ir.dialect.selections.all_tokens import AllTokens
 from effc.ir.dialect.selections.base import TokenSelection
 from effc.ir.dialect.selections.evict import EvictSelection
 from effc.ir.dialect.selections.pages import PageSelection
+from effc.ir.dialect.selections.topk import TopKSelection
 from effc.ir.dialect.selections.window import WindowSelection
 
 SELECTIONS: dict[str, type[TokenSelection]] = {
-    one.kind: one for one in (AllTokens, PageSelection, WindowSelection, EvictSelection)
+    one.kind: one for one in (AllTokens, PageSelection, TopKSelection, WindowSelection, EvictSelection)
 }
 """Value of the attribute `selection` -> its class."""
 
-__all__ = ["SELECTIONS", "AllTokens", "EvictSelection", "PageSelection", "TokenSelection", "WindowSelection"]
+__all__ = [
+    "SELECTIONS",
+    "AllTokens",
+    "EvictSelection",
+    "PageSelection",
+    "TokenSelection",
+    "TopKSelection",
+    "WindowSelection",
+]

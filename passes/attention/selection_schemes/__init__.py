@@ -5,9 +5,15 @@ from __future__ import annotations
 from effc.passes.attention.selection_schemes.base import Change, SelectionScheme
 from effc.passes.attention.selection_schemes.evict import EvictScheme
 from effc.passes.attention.selection_schemes.pages import PagesScheme
+from effc.passes.attention.selection_schemes.topk import TopKScheme
 from effc.passes.attention.selection_schemes.window import WindowScheme
 
-SCHEMES: dict[str, type[SelectionScheme]] = {"pages": PagesScheme, "window": WindowScheme, "evict": EvictScheme}
+SCHEMES: dict[str, type[SelectionScheme]] = {
+    "pages": PagesScheme,
+    "topk": TopKScheme,
+    "window": WindowScheme,
+    "evict": EvictScheme,
+}
 """Option `scheme` of the pass -> its class."""
 
 __all__ = ["SCHEMES", "Change", "SelectionScheme"]

@@ -14,7 +14,7 @@ from effc.errors import InputError, UsageError
 from effc.ir.analysis.cached_attention import cached_attention_sites
 from effc.ir.dialect.cached_attention import constant_values
 from effc.ir.dialect.inline import inline_dialect
-from effc.ir.dialect.selections import AllTokens, EvictSelection, PageSelection, WindowSelection
+from effc.ir.dialect.selections import AllTokens, EvictSelection, PageSelection, TopKSelection, WindowSelection
 from effc.ir.program import Program
 from effc.passes.attention.cached_attention import CachedAttention
 from effc.passes.attention.kv_cache import KvCache
@@ -41,6 +41,19 @@ def test_a_dense_cache_gets_bounds() -> None:
     assert past.dtype == ir.DataType.FLOAT
     (site, _) = cached_attention_sites(result.graph)
     assert site.selection == PageSelection(block=8, budget=32)
+
+
+def test_single_tokens_need_nothing() -> None:
+    """All keys are there: the cache stays as it is, and a balanced one will do."""
+    dense = decoder()
+    result = changed(dense, sparse(scheme="topk"))
+    assert [v.name for v in result.graph.inputs] == [v.name for v in dense.graph.inputs]
+    (site,) = cached_attention_sites(result.graph)
+    assert site.selection == TopKSelection(budget=32)
+    coded = changed(decoder(), KvCache("mikv"))
+    (site,) = cached_attention_sites(changed(coded, sparse(scheme="topk")).graph)
+    assert site.selection == TopKSelection(site.storage.sinks, site.storage.recent, 32)  # type: ignore[attr-defined]
+    assert "other sinks" in reasons(coded, sparse(scheme="topk", recent=64))[0]
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4", "kivi", "zipcache"])
@@ -93,6 +106,7 @@ def test_figures_of_the_report() -> None:
         ({"block": 257}, "block is 257"),
         ({"dense_below": -1}, "dense-below is -1"),
         ({"positions": "cap"}, "scheme=pages has no positions"),
+        ({"scheme": "topk", "block": 5}, "scheme=topk has no block"),
         ({"scheme": "window", "budget": 5}, "scheme=window has no budget"),
         ({"scheme": "window", "recent": 0}, "recent is 0"),
         ({"scheme": "window", "sinks": 0}, "sinks is 0"),
@@ -123,7 +137,15 @@ def test_pipeline_text(one: SparseAttention) -> None:
     assert parse_pipeline(format_pipeline([one])) == (one,)
 
 
-SELECTIONS = [sparse(), sparse(share=0.3, budget=0, block=5), sparse(dense_below=150), sparse(sinks=0, recent=0)]
+SELECTIONS = [
+    sparse(),
+    sparse(share=0.3, budget=0, block=5),
+    sparse(dense_below=150),
+    sparse(sinks=0, recent=0),
+    sparse(scheme="topk"),
+    sparse(scheme="topk", share=0.3, budget=0, sinks=0, recent=0),
+    sparse(scheme="topk", dense_below=150),
+]
 
 
 @pytest.mark.parametrize("options", SELECTIONS, ids=str)
@@ -140,10 +162,11 @@ def test_the_kernel_computes_what_the_body_says(options: SparseAttention, storag
     assert np.abs(found - dense)[seen].max() > 1e-3
 
 
+@pytest.mark.parametrize("selection", ["pages", "topk"])
 @pytest.mark.parametrize("scheme", ["dense", "int8", "int4", "kivi", "zipcache"])
-def test_a_full_budget_changes_nothing(scheme: str) -> None:
+def test_a_full_budget_changes_nothing(scheme: str, selection: str) -> None:
     stored = changed(decoder(), KvCache(scheme))  # type: ignore[arg-type]
-    found = run_steps(changed(stored, sparse(share=1.0)), STEPS)
+    found = run_steps(changed(stored, sparse(scheme=selection, share=1.0)), STEPS)
     assert np.array_equal(found, run_steps(stored, STEPS))
 
 
@@ -248,3 +271,5 @@ def test_selections_of_the_op() -> None:
     assert AllTokens().read_at(77) == 77
     selection = PageSelection(sinks=4, recent=32, block=16, budget=64)
     assert [selection.read_at(tokens) for tokens in (0, 35, 100, 131, 132)] == [0, 35, 100, 115, 100]
+    single = TopKSelection(sinks=4, recent=32, budget=64)
+    assert [single.read_at(tokens) for tokens in (0, 35, 100, 101, 200)] == [0, 35, 100, 100, 100]
