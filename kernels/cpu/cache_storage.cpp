@@ -7,6 +7,7 @@
 #include "cpu/evict_cache.h"
 #include "cpu/page_cache.h"
 #include "cpu/sink_cache.h"
+#include "cpu/stride_cache.h"
 #include "cpu/voted_cache.h"
 
 namespace effc {
@@ -101,6 +102,18 @@ SelectionSpec ReadEvict(const Attributes& attributes, SelectionSpec spec) {
   return spec;
 }
 
+SelectionSpec ReadStride(const Attributes& attributes, SelectionSpec spec) {
+  spec.sinks = Between(attributes, "select_sinks", 0, kLargestSize);
+  spec.block = Between(attributes, "select_block", 1, kLargestSize);
+  spec.recent = Between(attributes, "select_recent", spec.block, INT32_MAX);
+  spec.stride = Between(attributes, "select_stride", 1, kLargestSize);
+  if (spec.recent % spec.block != 0) {
+    throw Error("attribute 'select_recent' is " + std::to_string(spec.recent) +
+                "; it must be a multiple of select_block, which is " + std::to_string(spec.block));
+  }
+  return spec;
+}
+
 SelectionSpec ReadSelection(const Attributes& attributes, const AttentionForm& form) {
   SelectionSpec spec;
   spec.kind = OneOf<SelectionKind>(attributes, "selection",
@@ -108,9 +121,11 @@ SelectionSpec ReadSelection(const Attributes& attributes, const AttentionForm& f
                                     {"pages", SelectionKind::kPages},
                                     {"topk", SelectionKind::kTopK},
                                     {"window", SelectionKind::kWindow},
-                                    {"evict", SelectionKind::kEvict}});
+                                    {"evict", SelectionKind::kEvict},
+                                    {"stride", SelectionKind::kStride}});
   if (spec.kind == SelectionKind::kAll) return spec;
   if (spec.kind == SelectionKind::kEvict) return ReadEvict(attributes, spec);
+  if (spec.kind == SelectionKind::kStride) return ReadStride(attributes, spec);
   if (spec.kind == SelectionKind::kWindow) {
     spec.sinks = Between(attributes, "select_sinks", 1, kBlockTokens);
     spec.positions = OneOf<FarPositions>(attributes, "select_positions",
@@ -141,6 +156,9 @@ std::unique_ptr<CacheStorage> ReadDense(const AttentionForm& form, int64_t ring,
                                         const SelectionSpec& selection) {
   if (selection.kind == SelectionKind::kEvict) {
     return std::make_unique<EvictStorage>(form, ring, selection);
+  }
+  if (selection.kind == SelectionKind::kStride) {
+    return std::make_unique<StrideStorage>(form, ring, selection);
   }
   if (selection.kind == SelectionKind::kWindow) {
     return std::make_unique<SinkStorage>(form, ring, selection);

@@ -139,6 +139,7 @@ struct Normaliser {
 
 class ChosenSlots;
 class FarSinks;
+class StridePattern;
 struct TokenShares;
 
 // Where a step does not read just the slots it sees: what it reads instead, and what besides.
@@ -146,6 +147,7 @@ struct Reads {
   const ChosenSlots* chosen = nullptr;
   const FarSinks* sinks = nullptr;
   const TokenShares* shares = nullptr;  // of each row: of what is chosen, what is known already
+  const StridePattern* pattern = nullptr;
 };
 
 // Computes y [B, S, H * E], and the normalisers [B, K, S, G] unless null. Throws Error when a

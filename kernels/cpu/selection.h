@@ -11,7 +11,7 @@
 
 namespace effc {
 
-enum class SelectionKind : int32_t { kAll, kPages, kTopK, kWindow, kEvict };
+enum class SelectionKind : int32_t { kAll, kPages, kTopK, kWindow, kEvict, kStride };
 
 // How far sinks are from a query that reads them beyond its window.
 enum class FarPositions : int32_t {
@@ -24,7 +24,8 @@ enum class FarPositions : int32_t {
 // blocks, and at least `recent` last ones; a step chooses among the blocks. kTopK: the same with
 // blocks of one token. kWindow: `sinks` first ones are read besides the window. kEvict: the cache
 // keeps `budget` tokens, `sinks` first and `recent` last ones among them, and loses `block` tokens
-// when it is full.
+// when it is full. kStride: `sinks` first tokens, `recent` last ones in whole blocks, and every
+// `stride`-th block are read.
 struct SelectionSpec {
   SelectionKind kind = SelectionKind::kAll;
   int64_t sinks = 0;
@@ -34,7 +35,8 @@ struct SelectionSpec {
   float share = 0;          // of the blocks chosen, at least
   int64_t dense_below = 0;  // with fewer tokens everything is read
   FarPositions positions = FarPositions::kKeep;
-  int64_t pool = 1;  // kEvict: tokens over which votes are averaged, odd
+  int64_t stride = 1;  // kStride: blocks
+  int64_t pool = 1;    // kEvict: tokens over which votes are averaged, odd
   // Blocks to choose from, of a row with this many tokens before the step.
   int64_t Blocks(int64_t tokens) const {
     return std::max<int64_t>(0, tokens - sinks - recent) / block;

@@ -32,6 +32,7 @@ ALL_TOKENS: dict[str, object] = {
     "dense_below": 0,
     "select_positions": "none",
     "select_pool": 0,
+    "select_stride": 0,
 }
 DENSE: dict[str, object] = ALL_TOKENS | {
     "storage": "dense",
