@@ -20,6 +20,7 @@ from effc.ir.dialect.selections import (
     SELECTIONS,
     AllTokens,
     PageSelection,
+    StrideSelection,
     TokenSelection,
     TopKSelection,
     WindowSelection,
@@ -53,6 +54,7 @@ NO_SELECTION: dict[str, int | float | str] = {
     "dense_below": 0,
     "select_positions": "none",
     "select_pool": 0,
+    "select_stride": 0,
 }
 """Attributes of selections, as those without them have them."""
 
@@ -157,6 +159,7 @@ class CachedAttention(DialectOp):
         """Join past and new tokens, attend with a mask, keep what the storage keeps."""
         from effc.ir.dialect.cached_attention_body import DenseBody, StaticBody
         from effc.ir.dialect.pages_attention_body import PagesBody
+        from effc.ir.dialect.stride_attention_body import StrideBody
         from effc.ir.dialect.topk_attention_body import TopKBody
         from effc.ir.dialect.window_attention_body import WindowBody
 
@@ -167,6 +170,8 @@ class CachedAttention(DialectOp):
             return TopKBody(node, tape, form, storage, selection).record()
         if isinstance(storage, DenseStorage) and isinstance(selection, WindowSelection):
             return WindowBody(node, tape, form, storage, selection).record()
+        if isinstance(storage, DenseStorage) and isinstance(selection, StrideSelection):
+            return StrideBody(node, tape, form, storage, selection).record()
         if isinstance(storage, DenseStorage) and isinstance(selection, AllTokens):
             return DenseBody(node, tape, form, storage).record()
         if isinstance(storage, StaticStorage):

@@ -71,6 +71,8 @@ def dense(model: Path, tmp_path_factory: pytest.TempPathFactory, ids: np.ndarray
         ("stored-weights{min-bytes=0},sparse-attention{scheme=window,recent=64,positions=cap}", 0.5),
         ("sparse-attention{scheme=evict,budget=150}", 1e-5),
         ("kv-cache{scheme=dense},sparse-attention{scheme=evict,budget=64,recent=16}", 0.3),
+        ("sparse-attention{scheme=stride,recent=192}", 1e-5),
+        ("sparse-attention{scheme=stride,recent=32,block=16,stride=3}", 0.3),
     ],
 )
 def test_close_to_dense(
@@ -82,7 +84,14 @@ def test_close_to_dense(
     assert (error > 1e-6) == (tolerance > 1e-5)
 
 
-@pytest.mark.parametrize("passes", ["sparse-attention{first=0,share=0.5}", "sparse-attention{scheme=window,recent=40}"])
+@pytest.mark.parametrize(
+    "passes",
+    [
+        "sparse-attention{scheme=stride,recent=32,block=16}",
+        "sparse-attention{first=0,share=0.5}",
+        "sparse-attention{scheme=window,recent=40}",
+    ],
+)
 def test_portable_engines_compute_the_same(model: Path, ids: np.ndarray, tmp_path: Path, passes: str) -> None:
     native, portable = (build(model, tmp_path / str(one), passes, portable=one) for one in (False, True))
     np.testing.assert_allclose(logits(portable, ids, 100), logits(native, ids, 100), atol=2e-4)

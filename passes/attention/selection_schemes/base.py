@@ -37,8 +37,8 @@ class SelectionScheme(ABC):
         """Whether the op must rotate queries and keys itself."""
         return False
 
-    def for_layer(self, index: int, layers: int) -> SelectionScheme:
-        """What it is in one layer of so many."""
+    def for_layer(self, index: int, layers: int) -> SelectionScheme | None:
+        """What it is in one layer of so many; None: it leaves the layer alone."""
         return self
 
     @abstractmethod

@@ -14,7 +14,14 @@ from effc.errors import InputError, UsageError
 from effc.ir.analysis.cached_attention import cached_attention_sites
 from effc.ir.dialect.cached_attention import constant_values
 from effc.ir.dialect.inline import inline_dialect
-from effc.ir.dialect.selections import AllTokens, EvictSelection, PageSelection, TopKSelection, WindowSelection
+from effc.ir.dialect.selections import (
+    AllTokens,
+    EvictSelection,
+    PageSelection,
+    StrideSelection,
+    TopKSelection,
+    WindowSelection,
+)
 from effc.ir.program import Program
 from effc.passes.attention.cached_attention import CachedAttention
 from effc.passes.attention.kv_cache import KvCache
@@ -112,6 +119,8 @@ def test_figures_of_the_report() -> None:
         ({"scheme": "window", "sinks": 0}, "sinks is 0"),
         ({"scheme": "window", "sinks": 129}, "sinks is 129"),
         ({"pool": 5}, "scheme=pages has no pool"),
+        ({"scheme": "stride", "recent": 100}, "recent is 100, it must be a multiple of block, which is 64"),
+        ({"scheme": "stride", "budget": 100}, "scheme=stride has no budget"),
         ({"scheme": "evict", "share": 0.5}, "scheme=evict has no share"),
         ({"scheme": "evict", "budget": 35}, "budget is 35, it must be from sinks \\+ recent = 36"),
         ({"scheme": "evict", "recent": 0}, "recent is 0"),
@@ -131,6 +140,7 @@ def test_options_outside_their_ranges(options: dict[str, Any], message: str) -> 
         SparseAttention(budget=512, block=32, skip=("*0", "*1")),
         SparseAttention("window", recent=9, positions="cap"),
         SparseAttention("evict", budget=300, pool=7, pyramid=True),
+        SparseAttention("stride", recent=128, stride=8, middle=True),
     ],
 )
 def test_pipeline_text(one: SparseAttention) -> None:
@@ -246,6 +256,38 @@ def test_caches_that_cannot_evict() -> None:
     assert reasons(decoder(windows=(150,)), evict) == ["its window of 150 tokens bounds what it reads"]
     assert "numbers added to the scores" in reasons(decoder(bias=True), evict)[0]
     assert reasons(changed(decoder(), evict), evict) == ["it has selection=evict already"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("options", [{}, {"sinks": 0, "block": 1, "recent": 5}, {"stride": 2, "sinks": 40}], ids=str)
+def test_a_pattern_in_the_kernel_and_in_its_body(options: dict[str, Any], dtype: str) -> None:
+    stride = SparseAttention("stride", **{"block": 8, "recent": 24, "stride": 3, **options})
+    stored = changed(decoder(2, rotary=True), KvCache("dense", dtype=dtype))  # type: ignore[arg-type]
+    program = changed(stored, stride)
+    assert [v.name for v in program.graph.inputs] == [v.name for v in stored.graph.inputs]
+    body = program.clone()
+    inline_dialect(body.model)
+    found, expected = run_steps(program, WINDOW_STEPS), run_steps(body, WINDOW_STEPS)
+    seen = np.ones(found.shape[:2], bool)
+    seen[1, :7] = False
+    np.testing.assert_allclose(found[seen], expected[seen], atol=1e-5)
+    assert np.abs(found - run_steps(stored, WINDOW_STEPS))[seen].max() > 0.05
+
+
+def test_the_middle_third_reads_everything() -> None:
+    for layers, chosen in ((1, [0]), (2, [0, 1]), (3, [0, 2]), (7, [0, 1, 5, 6])):
+        match = SparseAttention("stride").match(decoder(layers))
+        assert [site.payload[0].node.name for site in match.sites] == [f"layers.{i}.attention" for i in chosen]
+        assert {item.reason for item in match.left} <= {
+            "it is in the middle third of the layers, which read everything"
+        }
+    assert len(SparseAttention("stride", middle=True).match(decoder(7)).sites) == 7
+
+
+def test_reads_of_a_pattern() -> None:
+    selection = StrideSelection(sinks=4, recent=512, block=64, stride=16)
+    assert [selection.read_at(tokens) for tokens in (0, 100, 512, 513, 576)] == [0, 100, 512, 513, 512]
+    assert selection.read_at(32768) == 32 * 64 + 7 * 64
 
 
 def test_windows_that_there_cannot_be() -> None:
