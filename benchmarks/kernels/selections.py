@@ -1,7 +1,7 @@
 """Speed of decoding steps that read a part of the cache, beside steps that read all of it.
 
 Run: `python benchmarks/kernels/selections.py [--threads 2] [--rounds 9] [--heads 32/8] [--tokens 32768] [--budget 2048]
-[--storages fp32 bf16 int8 int4] [--selections pages topk evict]`
+[--storages fp32 bf16 int8 int4] [--selections pages topk evict stride]`
 
 One new token over a full cache, in equal nodes that together overflow the caches of the processor. The variants take
 turns in one process. Bytes are those that a step needs: with `pages` bounds of all blocks, keys and values of those
@@ -21,9 +21,10 @@ import onnxruntime as ort
 from cached_attention import DTYPES, SIZE, STORAGES, Case, Variant, cached_node_runner, dense_caches, paged_caches
 
 from effc import kernels
+from effc.ir.dialect.selections import StrideSelection
 
 NODES = 4
-SELECTIONS = ("pages", "topk", "evict")
+SELECTIONS = ("pages", "topk", "evict", "stride")
 SINKS, RECENT, BLOCK = 4, 32, 16
 DROPPED = 128  # tokens that a full cache drops
 
@@ -44,6 +45,24 @@ def evicting(variant: Variant, budget: int) -> Variant:
     attributes = {"selection": "evict", "select_sinks": SINKS, "select_recent": RECENT, "select_pool": 5}
     places = {"ring": budget + DROPPED, "select_budget": budget, "select_block": DROPPED}
     return replace(variant, attributes=variant.attributes | attributes | places)
+
+
+def striding(variant: Variant) -> Variant:
+    """The variant with a fixed pattern; the budget does not matter."""
+    selection = {"selection": "stride", **StrideSelection().attributes()}
+    return replace(variant, attributes=variant.attributes | selection)
+
+
+def variants_of(name: str, selections: list[str], budget: int) -> dict[str, Variant]:
+    """Name -> a storage with everything read, and with each selection that it can have."""
+    plain = STORAGES[name]
+    found = {name: plain}
+    for selection in selections:
+        if selection in ("pages", "topk"):
+            found[f"{name}, {selection}"] = selected(plain, selection, budget)
+        elif "page" not in plain.attributes:
+            found[f"{name}, {selection}"] = evicting(plain, budget) if selection == "evict" else striding(plain)
+    return found
 
 
 def first_node(caches: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -91,6 +110,9 @@ def bytes_needed(case: Case, variant: Variant, caches: dict[str, np.ndarray], bu
     selection = variant.attributes.get("selection", "all")
     if selection == "evict":
         return float(sum(caches[name].nbytes for name in ("k0", "v0")))
+    if selection == "stride":
+        read = StrideSelection().read_at(case.total - 1) / case.total
+        return read * sum(caches[name].nbytes for name in ("k0", "v0"))
     if "page" not in variant.attributes:
         read = (budget + SINKS + RECENT + BLOCK) / case.total
         share = {"all": (1.0, 1.0), "pages": (read, read), "topk": (1.0, read)}[str(selection)]
@@ -106,14 +128,9 @@ def bytes_needed(case: Case, variant: Variant, caches: dict[str, np.ndarray], bu
 
 def measure(case: Case, storages: list[str], selections: list[str], budget: int, threads: int, rounds: int) -> None:
     """Print one table."""
-    variants = {}
+    variants: dict[str, Variant] = {}
     for name in storages:
-        variants[name] = STORAGES[name]
-        for selection in selections:
-            if selection == "evict" and "page" not in STORAGES[name].attributes:
-                variants[f"{name}, {selection}"] = evicting(STORAGES[name], budget)
-            elif selection != "evict":
-                variants[f"{name}, {selection}"] = selected(STORAGES[name], selection, budget)
+        variants |= variants_of(name, selections, budget)
     runners: dict[str, Callable[[], float]] = {}
     needed = {}
     for name, variant in variants.items():
