@@ -138,7 +138,7 @@ def test_what_decoding_reads_is_told(model: Path, tmp_path: Path, scheme: str) -
 
 
 def test_reads_are_known_of_our_kernels_only(model: Path, tmp_path: Path) -> None:
-    plain = build(model, tmp_path / "engine", "")
+    plain = build(model, tmp_path / "engine", "", portable=True)
     with pytest.raises(UsageError, match="onnxruntime's own operators"):
         measure_reads(plain, list(range(90)))
     with pytest.raises(UsageError, match="has 20 tokens, more than 32"):
