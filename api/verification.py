@@ -15,11 +15,13 @@ from effc.runtime.bundle import MANIFEST, Manifest
 from effc.runtime.session import Engine, load
 from effc.verify.budget import Budget, parse_budget
 from effc.verify.evaluation import enforce_budget, verify_engine
-from effc.verify.long_context import measure_contexts
+from effc.verify.long_context import check_lengths, measure_contexts
 from effc.verify.passkey import check_passkey, measure_passkey
 from effc.verify.passkey_prompt import DEPTHS, PasskeyTask
 from effc.verify.report import write_report
 from effc.verify.steps import CHUNK
+from effc.verify.text import common_tokenizer, text_ids
+from effc.verify.token_reads import measure_reads
 from effc.verify.tolerance import equivalence_tolerance
 
 
@@ -35,6 +37,7 @@ def verify(
     passkey_depths: Sequence[int] = DEPTHS,
     passkey_samples: int = 4,
     passkey_keys: int = 1,
+    reads: int | None = None,
     chunk: int = CHUNK,
     threads: int | None = None,
     budget: str | None = None,
@@ -57,6 +60,7 @@ def verify(
         passkey_depths: Where in the filler it is stated, percent.
         passkey_samples: Prompts for each length and depth.
         passkey_keys: Keys stated in a prompt, of which one is asked for; more make it harder.
+        reads: Tokens of text after which to look which tokens the engine reads.
         chunk: Tokens of text read in one run; those of later runs read earlier ones from the cache.
         threads: Threads of both engines; None for the physical cores.
         budget: Limits such as `max-rel=0.05,top1=0.98`, for any engine; that of perplexity holds at every context.
@@ -65,7 +69,8 @@ def verify(
 
     Returns:
         What `effc.verify.evaluation.verify_engine` measures; `contexts` of `effc.verify.long_context.measure_contexts`;
-        `passkey` of `effc.verify.passkey.measure_passkey`, None when it was not asked for; `contract` (the weakest of
+        `passkey` of `effc.verify.passkey.measure_passkey` and `reads` of `effc.verify.token_reads.measure_reads`, None
+        when they were not asked for; `contract` (the weakest of
         the engine's passes), `allowed` (the bound of `max_rel`, or None), `holds`, and `reason`, empty when it holds.
 
     Raises:
@@ -80,6 +85,8 @@ def verify(
     with load(engine, threads=threads) as ours, load(reference, threads=threads) as source:
         if task is not None:
             check_passkey(task, ours, source)
+        if reads is not None:
+            check_lengths("reads", [reads], ours, ours)
         by_length = measure_contexts(ours, source, contexts, text=text, tokens=tokens, chunk=chunk, progress=progress)
         say("compare outputs and perplexity", 0, 0)
         result = verify_engine(ours, source, text=text, tokens=tokens, context=context, chunk=chunk)
@@ -87,10 +94,22 @@ def verify(
         result["passkey"] = (
             None if task is None else measure_passkey(ours, source, task, chunk=chunk, progress=progress)
         )
+        result["reads"] = None
+        if reads is not None:
+            result["reads"] = measure_reads(ours, _text_of(reads, text, ours, source), chunk=chunk, progress=progress)
         result.update(_verdict(result, ours, source, limits))
         if page is not None:
             write_report(asdict(ours.manifest), page, verify=result)
     return result
+
+
+def _text_of(tokens: int, text: str | Path | None, engine: Engine, reference: Engine) -> list[int]:
+    """The first tokens of the text, all that were asked for."""
+    config = {**engine.manifest.config, **reference.manifest.config}
+    ids = text_ids(text, tokens, common_tokenizer(engine, reference), config)
+    if len(ids) < tokens:
+        raise UsageError(f"reads {tokens}: the text has {len(ids)} tokens. Give a longer text with --text.")
+    return ids
 
 
 def _verdict(result: dict[str, Any], engine: Engine, reference: Engine, limits: Budget | None) -> dict[str, Any]:

@@ -5,3 +5,4 @@ cd "$(dirname "$0")"
 python kernels/coded_matmul.py "$@"
 python kernels/cached_attention.py
 python kernels/kv_page.py
+python prompt_filter.py

@@ -36,6 +36,12 @@ from effc.errors import UsageError
     metavar="DIR",
     help="Start where `effc prefix` ended: the prompt is what follows its text.",
 )
+@click.option(
+    "--filter-prompt/--no-filter-prompt",
+    default=True,
+    show_default=True,
+    help="Shorten long prompts where the engine has a filter.",
+)
 @threads_option
 @json_option
 def command(
@@ -52,6 +58,7 @@ def command(
     stream: bool,
     chat: bool,
     prefix: Path | None,
+    filter_prompt: bool,
     threads: int | None,
     as_json: bool,
 ) -> None:
@@ -76,6 +83,7 @@ def command(
             stream=_print_piece if stream else None,
             chat=chat,
             prefix=prefix,
+            filter_prompt=filter_prompt,
         )
     if as_json:
         print_json({"results": [{"prompt": text, **asdict(result)} for text, result in zip(texts, results)]})

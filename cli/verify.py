@@ -34,6 +34,12 @@ from effc.errors import ContractError
 @contexts_option
 @passkey_options
 @click.option(
+    "--reads",
+    type=click.IntRange(min=2),
+    metavar="TOKENS",
+    help="Look which of so many tokens of the text decoding reads.",
+)
+@click.option(
     "--chunk",
     type=click.IntRange(min=1),
     default=64,
@@ -61,6 +67,7 @@ def command(
     passkey_depths: Sequence[int],
     passkey_samples: int,
     passkey_keys: int,
+    reads: int | None,
     chunk: int,
     budget: str | None,
     report: Path | None,
@@ -74,7 +81,7 @@ def command(
     """Compare ENGINE with the model it was made from: outputs, next tokens, perplexity, many shapes.
 
     For long contexts, --contexts measures perplexity at several lengths over one text, and --passkey asks for numbers
-    hidden at several depths of prompts of several lengths.
+    hidden at several depths of prompts of several lengths. --reads shows which cached tokens a sparse engine reads.
 
     The exit code is 1 when an engine of exact and equivalent passes differs by more than rounding, or when the
     budget is missed.
@@ -94,6 +101,7 @@ def command(
             passkey_depths=passkey_depths,
             passkey_samples=passkey_samples,
             passkey_keys=passkey_keys,
+            reads=reads,
             chunk=chunk,
             threads=threads,
             budget=budget,
@@ -127,6 +135,8 @@ def _print_result(result: dict[str, Any]) -> None:
         _print_contexts(contexts)
     if passkey := result.get("passkey"):
         _print_passkey(passkey)
+    if reads := result.get("reads"):
+        _print_reads(reads)
 
 
 def _print_contexts(contexts: Sequence[dict[str, Any]]) -> None:
@@ -148,6 +158,15 @@ def _print_passkey(found: dict[str, Any]) -> None:
         score = _percent(found["score"][side])
         click.echo(f"\npass keys found by the {side}: {score} (in brackets: mean ln p of the right tokens)")
         print_table((">tokens", *(f">{depth} % deep" for depth in found["depths"])), rows)
+
+
+def _print_reads(found: dict[str, Any]) -> None:
+    rows = [
+        (layer["node"], *(_percent(layer[name]) for name in ("least", "most")), " ".join(map(_percent, layer["heads"])))
+        for layer in found["layers"]
+    ]
+    click.echo(f"\nshare of {found['tokens']} tokens that {found['steps']} steps of decoding read")
+    print_table(("node", ">least", ">most", "key heads"), rows)
 
 
 def _log(log_probability: float | None) -> str:

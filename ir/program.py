@@ -11,6 +11,7 @@ from typing import Any
 import onnx_ir as ir
 
 from effc.ir.calibration import Calibration
+from effc.ir.prompt_filter import PromptFilter
 
 OPSET = 24
 """Opset of the IR. Newer ones have no onnxruntime CPU kernels for attention yet."""
@@ -87,6 +88,8 @@ class Program:
         source: Where it came from.
         records: One record per pass that ran, in order.
         calibration: Real inputs that passes may measure on; None when the user gave none.
+        prompt_filter: How prompts are shortened; None when they are read whole. The graph then has the output
+            `prompt_scores`.
     """
 
     model: ir.Model
@@ -94,6 +97,7 @@ class Program:
     source: Source
     records: list[PassRecord] = field(default_factory=list)
     calibration: Calibration | None = None
+    prompt_filter: PromptFilter | None = None
 
     @property
     def graph(self) -> ir.Graph:

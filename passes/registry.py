@@ -15,6 +15,7 @@ BUILTIN: dict[str, str] = {
     "cached-attention": "effc.passes.attention.cached_attention:CachedAttention",
     "kv-cache": "effc.passes.attention.kv_cache:KvCache",
     "sparse-attention": "effc.passes.attention.sparse_attention:SparseAttention",
+    "prompt-filter": "effc.passes.tokens.prompt_filter:PromptFilter",
     "fuse": "effc.passes.fuse:Fuse",
     "stored-weights": "effc.passes.weights.stored_weights:StoredWeights",
     "lossless-weights": "effc.passes.weights.lossless_weights:LosslessWeights",

@@ -4,7 +4,8 @@ Layout of a folder, format version 1:
 
     effc.json              this manifest
     model.onnx             the graph
-    weights.bin            external data of the graph, every tensor aligned for mmap
+    prompt_filter.onnx     the graph that scores the tokens of a prompt, when the engine shortens prompts
+    weights.bin            external data of the graphs, every tensor aligned for mmap
     tokenizer.json, tokenizer_config.json, generation_config.json, …   when the model has them
     report.html            what was done and measured
 """
@@ -77,6 +78,47 @@ class CacheLayout:
 
 
 @dataclass(frozen=True)
+class SharedWeight:
+    """A tensor of a weight file that several graphs hand to our kernels, which keep one copy of what lies in one place.
+
+    Attributes:
+        name: Initializer in every graph that has it.
+        dtype: Numpy dtype name.
+        shape: Its shape.
+        offset: Where it begins in `file`.
+        file: File name.
+    """
+
+    name: str
+    dtype: str
+    shape: list[int]
+    offset: int
+    file: str
+
+
+@dataclass(frozen=True)
+class PromptFilter:
+    """How the engine shortens prompts.
+
+    Attributes:
+        model: File name of a graph over the same weights. It takes inputs of the model and gives `prompt_scores`
+            float32 [batch, seq].
+        layer: Layer that scores, from 0.
+        layers: Layers of the model.
+        keep: Tokens that stay of a longer prompt.
+        forced: Tokens at its end that stay in any case, and then its first one too; 0: none.
+        weights: Coded weights of the graph.
+    """
+
+    model: str
+    layer: int
+    layers: int
+    keep: int
+    forced: int
+    weights: list[SharedWeight] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
 class Manifest:
     """The content of `effc.json`; every key is stable within a format version.
 
@@ -100,6 +142,7 @@ class Manifest:
         ir_version: ONNX IR version of the graph.
         files: File name -> {`bytes`, `sha256`} of every other file in the folder.
         optional_inputs: Inputs with a default: `num_logits` int64 [1], how many of the last tokens get logits (all).
+        prompt_filter: How prompts are shortened, or None.
     """
 
     effc_version: str
@@ -121,6 +164,12 @@ class Manifest:
     ir_version: int
     files: dict[str, dict[str, Any]]
     optional_inputs: list[Port] = field(default_factory=list)
+    prompt_filter: PromptFilter | None = None
+
+    @property
+    def models(self) -> list[str]:
+        """File names of its graphs."""
+        return [self.model, *([self.prompt_filter.model] if self.prompt_filter is not None else [])]
 
     def to_json(self) -> str:
         """The manifest as the text of `effc.json`."""
@@ -177,21 +226,38 @@ def read_versioned(path: Path, form: str, version: int, what: str, again: str) -
     return content
 
 
+LATER_KEYS = ("optional_inputs", "prompt_filter")
+"""Keys that engines of this format version may lack."""
+
+
 def _parse(path: Path, content: Mapping[str, Any]) -> Manifest:
     try:
-        values = {item.name: content[item.name] for item in fields(Manifest) if item.name != "optional_inputs"}
+        values = {item.name: content[item.name] for item in fields(Manifest) if item.name not in LATER_KEYS}
         values["inputs"] = [Port(**port) for port in values["inputs"]]
         values["optional_inputs"] = [Port(**port) for port in content.get("optional_inputs", [])]
         values["outputs"] = [Port(**port) for port in values["outputs"]]
         if values["cache"] is not None:
             ports = [CachePort(**port) for port in values["cache"]["ports"]]
             values["cache"] = CacheLayout(**{**values["cache"], "ports": ports})
+        values["prompt_filter"] = _prompt_filter(content.get("prompt_filter"))
         manifest = Manifest(**values)
-        for name in (manifest.model, *manifest.files):
+        for name in (*manifest.models, *manifest.files):
             check_name(path, name)
         return manifest
     except (KeyError, TypeError, AttributeError) as error:
         raise EngineError(f"{path}: a key is missing or malformed ({error}). Build the engine again.") from error
+
+
+def _prompt_filter(content: Mapping[str, Any] | None) -> PromptFilter | None:
+    if content is None:
+        return None
+    found = PromptFilter(**{**content, "weights": [SharedWeight(**weight) for weight in content["weights"]]})
+    if not 0 <= found.forced < found.keep:
+        raise TypeError(f"keep is {found.keep} and forced {found.forced}")
+    for weight in found.weights:
+        if not all(isinstance(number, int) and number >= 0 for number in (weight.offset, *weight.shape)):
+            raise TypeError(f"weight {weight.name!r} has the shape {weight.shape} and the offset {weight.offset!r}")
+    return found
 
 
 def check_name(path: Path, name: str) -> None:
@@ -218,8 +284,9 @@ def check_files(folder: Path, manifest: Manifest) -> None:
     Raises:
         EngineError: A file is missing, is a link, or has other bytes than were written.
     """
-    if manifest.model not in manifest.files:
-        raise EngineError(f"{folder / MANIFEST}: has no hash for {manifest.model}. Build the engine again.")
+    for name in manifest.models:
+        if name not in manifest.files:
+            raise EngineError(f"{folder / MANIFEST}: has no hash for {name}. Build the engine again.")
     for name, expected in manifest.files.items():
         path = folder / name
         if path.is_symlink() or not path.is_file():

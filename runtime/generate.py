@@ -13,12 +13,12 @@ from effc.runtime import limits
 from effc.runtime.batch import Batch, check_task, prompt_chunk
 from effc.runtime.detokenize import Detokenizer, StopFilter
 from effc.runtime.prefix import Prefix, start_from
+from effc.runtime.prompts import Prompt, Prompts, read_prompts
 from effc.runtime.sampling import Sampler, Sampling
 
 if TYPE_CHECKING:
     from effc.runtime.session import Engine
 
-Prompts = str | Sequence[str] | Sequence[Sequence[int]]
 Stream = Callable[[int, str], None]
 
 
@@ -30,8 +30,9 @@ class Generation:
         text: What follows the prompt; ends before the stop string, has no special tokens.
         token_ids: The generated ids, the one that ended it (EOS, or the end of a stop string) included.
         finish_reason: `eos`, `stop` (a stop string came) or `length` (max_new_tokens, or the model's limit).
-        prompt_tokens: Tokens of the prompt that were read, without padding.
-        prefill_seconds: Time the batch took to read its prompts, up to the first logits.
+        prompt_tokens: Tokens of the prompt, without padding and prefix.
+        kept_tokens: Tokens of it that the model read; fewer where the engine shortens prompts.
+        prefill_seconds: Time the batch took to shorten and read its prompts, up to the first logits.
         decode_seconds: Time from there to the end of this row.
         prefix_tokens: Tokens before the prompt that came from a prefix.
     """
@@ -40,6 +41,7 @@ class Generation:
     token_ids: list[int]
     finish_reason: str
     prompt_tokens: int
+    kept_tokens: int
     prefill_seconds: float
     decode_seconds: float
     prefix_tokens: int = 0
@@ -60,6 +62,7 @@ def generate(
     chat: bool = False,
     prefill_chunk: int | None = None,
     prefix: str | Path | Prefix | None = None,
+    filter_prompt: bool = True,
 ) -> list[Generation]:
     """Continue prompts.
 
@@ -83,6 +86,8 @@ def generate(
             prompt so that its logits stay below `effc.runtime.batch.LOGITS_LIMIT`.
         prefix: A prefix folder, or an open one: every prompt goes on from there, and its tokens are not read again.
             Prompts of one length then share a batch; other lengths follow one after the other.
+        filter_prompt: Shorten long prompts where the engine has a filter (the pass `prompt-filter`), row by row; else
+            they are read whole. A prefix is never shortened, what follows it is.
 
     Returns:
         One `Generation` a prompt, in order.
@@ -96,8 +101,8 @@ def generate(
     sampling = Sampling(temperature, top_k, top_p, repetition_penalty)
     _check_request(engine, max_new_tokens, stop, prefill_chunk, seed)
     start = None if prefix is None else start_from(engine, prefix, chat=chat)
-    prompt_ids = _prompt_ids(engine, prompts, chat, start)
-    if not prompt_ids:
+    given = read_prompts(engine, prompts, chat, start, filter_prompt)
+    if not given:
         return []
     needs_text = engine.has_tokenizer or bool(stop) or stream is not None
     decode = engine.tokenizer.decode if needs_text else _no_text
@@ -105,11 +110,11 @@ def generate(
     eos = limits.eos_ids(engine.manifest.config, engine.assets)
     before = [] if start is None else start.token_ids
     rows = []
-    for index, ids in enumerate(prompt_ids):
-        steps = _steps(index, len(before) + len(ids), max_new_tokens, limit)
-        detokenizer = Detokenizer(decode, [*before, *ids])
-        rows.append(_Row(index, ids, steps, eos, detokenizer, StopFilter(stop), stream))
-    sampler = Sampler(sampling, [[*before, *ids] for ids in prompt_ids], seed)
+    for index, prompt in enumerate(given):
+        steps = _steps(len(before) + len(prompt.kept), max_new_tokens, limit)
+        detokenizer = Detokenizer(decode, [*before, *prompt.ids])
+        rows.append(_Row(index, prompt, steps, eos, detokenizer, StopFilter(stop), stream))
+    sampler = Sampler(sampling, [[*before, *prompt.ids] for prompt in given], seed)
     for together in [rows] if start is None else _by_length(rows):
         _decode(engine, together, sampler, prefill_chunk, start)
     return [row.generation(len(before)) for row in rows]
@@ -131,52 +136,19 @@ def _check_request(
         raise UsageError(f"seed is {seed}; give at least 0.")
 
 
-def _prompt_ids(engine: Engine, prompts: Prompts, chat: bool, start: Prefix | None) -> list[list[int]]:
-    items: list[str | Sequence[int]] = [prompts] if isinstance(prompts, str) else [*prompts]
-    return [_encode(engine, index, item, chat, start) for index, item in enumerate(items)]
-
-
-def _encode(engine: Engine, index: int, prompt: str | Sequence[int], chat: bool, start: Prefix | None) -> list[int]:
-    if isinstance(prompt, str):
-        if not prompt:
-            raise UsageError(f"prompt {index} is empty. To start from nothing, give the ids to start with.")
-        ids = _encode_text(engine, index, prompt, chat, start)
-        if not ids:
-            raise UsageError(f"prompt {index}: the tokenizer makes no tokens of {prompt!r}.")
-        return ids
-    if chat:
-        raise UsageError(f"prompt {index} is a list of ids; chat takes texts.")
-    ids = limits.checked_ids(engine.manifest.config, f"prompt {index}", prompt)
-    if start is not None:
-        start.check_continues(engine, index, ids)
-    return ids
-
-
-def _encode_text(engine: Engine, index: int, prompt: str, chat: bool, start: Prefix | None) -> list[int]:
-    if start is not None:
-        return start.continued(engine.tokenizer, index, prompt)
-    if chat:
-        return engine.tokenizer.chat_prompt([{"role": "user", "content": prompt}])
-    return engine.tokenizer.encode(prompt)
-
-
-def _steps(index: int, tokens: int, max_new_tokens: int, limit: int | None) -> int:
-    """Tokens a row may get. The last one is not fed again, so a prompt at the limit still gets one."""
-    if limit is None:
-        return max_new_tokens
-    if tokens > limit:
-        raise UsageError(f"prompt {index} has {tokens} tokens, the model takes at most {limit}. Shorten it.")
-    return min(max_new_tokens, limit - tokens + 1)
+def _steps(tokens: int, max_new_tokens: int, limit: int | None) -> int:
+    """Tokens a row may get after so many. The last one is not fed again, so a prompt at the limit still gets one."""
+    return max_new_tokens if limit is None else min(max_new_tokens, limit - tokens + 1)
 
 
 def _by_length(rows: Sequence[_Row]) -> list[list[_Row]]:
-    """Rows whose prompts are equally long, together.
+    """Rows of whose prompts equally many tokens are read, together.
 
     Padding between a prefix and a prompt would count as tokens of the windows, pages and blocks of the cache.
     """
     groups: dict[int, list[_Row]] = {}
     for row in rows:
-        groups.setdefault(len(row.prompt), []).append(row)
+        groups.setdefault(len(row.prompt.kept), []).append(row)
     return list(groups.values())
 
 
@@ -190,7 +162,7 @@ class _Row:
     """One prompt in progress."""
 
     index: int
-    prompt: list[int]
+    prompt: Prompt
     steps: int
     eos: frozenset[int]
     detokenizer: Detokenizer
@@ -232,16 +204,16 @@ class _Row:
     def generation(self, prefix_tokens: int) -> Generation:
         """The result."""
         text = "".join(self.pieces)
-        seconds = (self.prefill_seconds, self.decode_seconds)
-        return Generation(text, self.ids, self.finish_reason, len(self.prompt), *seconds, prefix_tokens)
+        counts, seconds = (len(self.prompt.ids), len(self.prompt.kept)), (self.prefill_seconds, self.decode_seconds)
+        return Generation(text, self.ids, self.finish_reason, *counts, *seconds, prefix_tokens)
 
 
 def _decode(
     engine: Engine, rows: Sequence[_Row], sampler: Sampler, prefill_chunk: int | None, start: Prefix | None
 ) -> None:
     """Run rows that share a batch to their ends."""
-    begun = time.perf_counter()
-    batch = Batch(engine, [row.prompt for row in rows], max(row.steps for row in rows), start)
+    begun = time.perf_counter() - sum(row.prompt.seconds for row in rows)
+    batch = Batch(engine, [row.prompt.kept for row in rows], max(row.steps for row in rows), start)
     logits = batch.prefill(prefill_chunk or prompt_chunk(engine, len(rows), batch.width))
     read = time.perf_counter()
     while True:

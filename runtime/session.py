@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,7 +18,9 @@ from effc.runtime.bundle import CacheLayout, CachePort, Manifest, Port, check_fi
 from effc.runtime.embed import embed
 from effc.runtime.generate import Generation, generate
 from effc.runtime.kv_state import NUM_LOGITS, KvState, port_shape
-from effc.runtime.prefix import Prefix, open_prefix, write_prefix
+from effc.runtime.prefix import Prefix, open_prefix, start_from, write_prefix
+from effc.runtime.prompt_filter import PromptFilter
+from effc.runtime.shared_weights import SharedWeights
 from effc.runtime.tensors import check_feeds, storage_dtype, to_numpy, to_ort
 from effc.runtime.threads import default_threads, most_threads
 from effc.runtime.tokenizer import Tokenizer
@@ -67,11 +69,13 @@ def load(
     if check:
         check_files(folder, manifest)
     chosen = _providers(folder, manifest, providers)
-    options = _session_options(threads or default_threads(), _prepack(manifest, prepack))
-    if manifest.needs_kernels:
-        options.register_custom_ops_library(_kernel_library(folder))
-    session = _open(folder, manifest, options, chosen)
-    return Engine(folder, manifest, session)
+    shared = SharedWeights.of(folder, manifest)
+    library = _kernel_library(folder) if manifest.needs_kernels else None
+    options = partial(_session_options, threads or default_threads(), _prepack(manifest, prepack), library, shared)
+    session = _open(folder / manifest.model, manifest, options(), chosen)
+    _check_interface(folder / manifest.model, manifest, session)
+    prompt_filter = _prompt_filter(folder, manifest, options(), chosen)
+    return Engine(folder, manifest, session, prompt_filter=prompt_filter, shared=shared)
 
 
 def _providers(folder: Path, manifest: Manifest, requested: Sequence[str] | None) -> list[str]:
@@ -96,7 +100,7 @@ def _prepack(manifest: Manifest, requested: bool | None) -> bool:
     return bool(manifest.config.get("prepack", manifest.task != "causal-lm"))
 
 
-def _session_options(threads: int, prepack: bool) -> ort.SessionOptions:
+def _session_options(threads: int, prepack: bool, library: str | None, shared: SharedWeights) -> ort.SessionOptions:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -106,6 +110,9 @@ def _session_options(threads: int, prepack: bool) -> ort.SessionOptions:
         # transpose becomes one with a transposed operand, which is no slower.
         options.add_session_config_entry("session.disable_prepacking", "1")
         options.add_session_config_entry("optimization.constant_folding_max_output_size_in_bytes", str(FOLDING_LIMIT))
+    if library is not None:
+        options.register_custom_ops_library(library)
+    shared.add_to(options)
     return options
 
 
@@ -121,20 +128,29 @@ def _kernel_library(folder: Path) -> str:
     return str(path)
 
 
-def _open(folder: Path, manifest: Manifest, options: ort.SessionOptions, providers: list[str]) -> ort.InferenceSession:
-    path = folder / manifest.model
+def _open(path: Path, manifest: Manifest, options: ort.SessionOptions, providers: list[str]) -> ort.InferenceSession:
     if not path.is_file():
         raise EngineError(f"{path}: is missing. Copy or build the engine again.")
     try:
-        session = ort.InferenceSession(str(path), options, providers=providers)
+        return ort.InferenceSession(str(path), options, providers=providers)
     except Exception as error:  # onnxruntime's errors have no common base of their own
         built = manifest.versions.get("onnxruntime", "an unknown version")
         raise EngineError(
             f"{path}: onnxruntime {ort.__version__} refuses it: {error}. It was built for onnxruntime {built}, "
             f"opset {manifest.opset}. Upgrade onnxruntime, or build the engine again."
         ) from error
-    _check_interface(path, manifest, session)
-    return session
+
+
+def _prompt_filter(
+    folder: Path, manifest: Manifest, options: ort.SessionOptions, providers: list[str]
+) -> PromptFilter | None:
+    """The engine's filter, when it has one."""
+    if manifest.prompt_filter is None:
+        return None
+    # Its threads are not to wait busily while the model runs.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    session = _open(folder / manifest.prompt_filter.model, manifest, options, providers)
+    return PromptFilter(folder, manifest, session)
 
 
 def _check_interface(path: Path, manifest: Manifest, session: ort.InferenceSession) -> None:
@@ -159,11 +175,21 @@ class Engine:
         assets: Its text files.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, session: ort.InferenceSession) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        session: ort.InferenceSession,
+        *,
+        prompt_filter: PromptFilter | None = None,
+        shared: SharedWeights | None = None,
+    ) -> None:
         self.folder = folder
         self.manifest = manifest
         self.assets = Assets(folder, manifest.files)
         self._session: ort.InferenceSession | None = session
+        self._prompt_filter = prompt_filter
+        self._shared = shared
 
     @property
     def task(self) -> str:
@@ -234,6 +260,22 @@ class Engine:
         """Whether the engine computes only the logits that are asked for."""
         return any(port.name == NUM_LOGITS for port in self.manifest.optional_inputs)
 
+    def shortened(self, ids: Sequence[int], prefix: Prefix | None = None) -> list[int]:
+        """The tokens of a prompt that the model is to read: all, or those that the engine's filter keeps.
+
+        Args:
+            ids: The prompt.
+            prefix: What it follows; the filter scores the prompt as it stands there.
+
+        Raises:
+            UsageError: The engine was closed, or the prefix is of another one.
+            EngineError: The filter failed while running.
+        """
+        prompt_filter = self._prompt_filter if self.session else None
+        if prefix is not None:
+            start_from(self, prefix, chat=prefix.manifest.chat)
+        return list(ids) if prompt_filter is None else prompt_filter.shortened(ids, prefix)
+
     def cache_layout(self) -> CacheLayout:
         """How it carries its cache.
 
@@ -279,6 +321,7 @@ class Engine:
         chat: bool = False,
         prefill_chunk: int | None = None,
         prefix: str | Path | Prefix | None = None,
+        filter_prompt: bool = True,
     ) -> list[Generation]:
         """Continue prompts; see `effc.runtime.generate.generate`."""
         return generate(
@@ -295,6 +338,7 @@ class Engine:
             chat=chat,
             prefill_chunk=prefill_chunk,
             prefix=prefix,
+            filter_prompt=filter_prompt,
         )
 
     def write_prefix(
@@ -313,8 +357,9 @@ class Engine:
         return open_prefix(self, folder, check=check)
 
     def close(self) -> None:
-        """Release the session; using the engine afterwards is an error, closing it again is not."""
-        self._session = None
+        """Release the sessions; using the engine afterwards is an error, closing it again is not."""
+        self._session = self._prompt_filter = None
+        self._shared = None
 
     def __enter__(self) -> Engine:
         return self

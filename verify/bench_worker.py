@@ -50,14 +50,19 @@ class Worker:
         return {"seconds": time.perf_counter() - begun, "task": self.engine.task}
 
     def generate(self, batch: int, prompt_tokens: int, new_tokens: int) -> dict[str, Any]:
-        """Read a prompt of fixed ids, then append fixed ids one by one: `prefill` and `decode` seconds."""
+        """Read a prompt of fixed ids, then append fixed ids one by one: `prefill` and `decode` seconds.
+
+        An engine that shortens prompts does so first, in the time of the prefill.
+        """
         ids = self._ids(batch, prompt_tokens + new_tokens)
-        state = self.engine.new_state(batch, max_length=prompt_tokens + new_tokens)
         begun = time.perf_counter()
-        chunk = prompt_chunk(self.engine, batch, prompt_tokens)
-        for start in range(0, prompt_tokens, chunk):
-            end = min(start + chunk, prompt_tokens)
-            self._run(state, ids[:, start:end], ["logits"] if end == prompt_tokens else [])
+        prompts = np.array([self.engine.shortened(row) for row in ids[:, :prompt_tokens].tolist()])
+        width = prompts.shape[1]
+        state = self.engine.new_state(batch, max_length=width + new_tokens)
+        chunk = prompt_chunk(self.engine, batch, width)
+        for start in range(0, width, chunk):
+            end = min(start + chunk, width)
+            self._run(state, prompts[:, start:end], ["logits"] if end == width else [])
         read = time.perf_counter()
         for place in range(prompt_tokens, prompt_tokens + new_tokens):
             self._run(state, ids[:, place : place + 1], ["logits"])

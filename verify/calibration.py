@@ -14,8 +14,8 @@ import onnx_ir as ir
 
 from effc.errors import InputError
 from effc.ir.program import Program
+from effc.ir.rewrite.cut import cut_to
 from effc.verify.calibration_windows import Window, open_windows
-from effc.verify.cut import cut_to
 from effc.verify.inputs import FeedShape, Interface, make_feed
 from effc.verify.snapshot import program_interface
 from effc.verify.streaming import DEFAULT_LIMIT, evaluate

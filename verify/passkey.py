@@ -114,11 +114,14 @@ def _make(task: PasskeyTask, engine: Engine, reference: Engine, length: int, dep
 def answer(engine: Engine, prompt: Prompt, *, chunk: int = CHUNK) -> Answer:
     """Read a prompt, its last `SINGLE` tokens one by one, and so the tokens of the right answer.
 
+    An engine that shortens prompts reads what its filter keeps, as in generation.
+
     Logits are kept for one token at a time where the engine computes only those that are asked for, else for `chunk`.
     """
-    ids = np.array([[*prompt.ids, *prompt.answer[:-1]]], np.int64)
+    kept = engine.shortened(prompt.ids)
+    ids = np.array([[*kept, *prompt.answer[:-1]]], np.int64)
     state = engine.new_state(1, max_length=ids.shape[1])
-    last = len(prompt.ids)
+    last = len(kept)
     single = max(0, last - SINGLE)
     starts = [*range(0, single, chunk), *range(single, ids.shape[1])]
     rows: list[tuple[bool, float, int]] = []

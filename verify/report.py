@@ -79,6 +79,7 @@ def render_report(
         contexts=measured.get("contexts"),
         passkey=measured.get("passkey"),
         maps=passkey_maps(measured["passkey"]) if measured.get("passkey") else [],
+        reads=measured.get("reads"),
         bench=_bench_rows(bench) if bench else None,
         settings=dict((bench or {}).get("settings", {})),
     )
@@ -126,7 +127,18 @@ def _facts(manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("made by", f"effc {manifest['effc_version']}"),
         ("with", ", ".join(f"{name} {version}" for name, version in sorted(manifest["versions"].items()))),
     ]
+    if manifest.get("prompt_filter"):
+        rows.append(("prompts", _prompts(manifest["prompt_filter"])))
     return rows + [("note", str(note)) for note in source.get("notes", ())]
+
+
+def _prompts(entry: Mapping[str, Any]) -> str:
+    """What becomes of long prompts."""
+    forced = f", the first and the last {entry['forced']} among them" if entry["forced"] else ""
+    return (
+        f"those of more than {entry['keep']} tokens are shortened to as many{forced}, chosen by layer {entry['layer']} "
+        f"of {entry['layers']} (from 0). Outputs were compared on prompts that are not shortened"
+    )
 
 
 def _size_rows(sizes: Mapping[str, int]) -> list[tuple[str, int, int]]:

@@ -11,8 +11,8 @@ import onnx_ir as ir
 
 from effc.errors import InputError
 from effc.ir.program import Program, Task
+from effc.ir.rewrite.cut import cut_to
 from effc.runtime.bundle import Port
-from effc.verify.cut import cut_to
 from effc.verify.inputs import (
     FeedShape,
     Interface,

@@ -19,6 +19,8 @@ from effc.backends.onnxruntime.external_weights import write_external_weights
 from effc.backends.onnxruntime.interface import cache_layout, ports
 from effc.backends.onnxruntime.last_logits import add_num_logits
 from effc.backends.onnxruntime.portable_weights import use_portable_layouts
+from effc.backends.onnxruntime.prompt_filter import MODEL as FILTER_MODEL
+from effc.backends.onnxruntime.prompt_filter import coded_weights, filter_entry, take_prompt_filter
 from effc.backends.onnxruntime.static_cache import lower_static_caches, static_caches
 from effc.backends.onnxruntime.widen_weights import widen_cast_weights
 from effc.errors import MissingDependencyError
@@ -73,14 +75,15 @@ class OnnxRuntimeCpu(Backend):
 
     def write(self, program: Program, folder: Path, *, portable: bool, progress: Progress | None = None) -> Manifest:
         """Stream the weights, save the graph, copy the assets."""
-        graph = program.graph
+        graph, prompt_filter = program.graph, take_prompt_filter(program)
         native = any(is_dialect_node(node) for node in graph.all_nodes())
         memory = weight_memory(program)
-        stored = write_external_weights(graph, folder, progress)
-        ClearMetadataAndDocStringPass()(program.model)
-        program.model.ir_version = IR_VERSION
-        program.model.producer_name, program.model.producer_version = "effc", effc.__version__
-        ir.save(program.model, folder / MODEL)
+        models = {MODEL: program.model, **({FILTER_MODEL: prompt_filter} if prompt_filter is not None else {})}
+        shared = coded_weights(prompt_filter.graph) if prompt_filter is not None else ()
+        always = [value.const_value for value in shared if value.const_value is not None]
+        stored = write_external_weights([model.graph for model in models.values()], folder, progress, always=always)
+        for name, model in models.items():
+            _save(model, folder / name)
         write_assets(program, folder)
         return Manifest(
             effc_version=effc.__version__,
@@ -107,7 +110,15 @@ class OnnxRuntimeCpu(Backend):
             opset=program.model.opset_imports[""],
             ir_version=IR_VERSION,
             files={},
+            prompt_filter=filter_entry(program, prompt_filter) if prompt_filter is not None else None,
         )
+
+
+def _save(model: ir.Model, path: Path) -> None:
+    ClearMetadataAndDocStringPass()(model)
+    model.ir_version = IR_VERSION
+    model.producer_name, model.producer_version = "effc", effc.__version__
+    ir.save(model, path)
 
 
 def _record(record: Any) -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""Streams the initializers of a graph into one external-data file, one tensor in memory at a time."""
+"""Streams the initializers of graphs into one external-data file, one tensor in memory at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -19,22 +19,33 @@ PAGE = 4096
 LINE = 64
 
 
-def write_external_weights(graph: ir.Graph, folder: Path, progress: Progress | None = None) -> int:
-    """Move the initializers of a graph to `weights.bin` and let them point there.
+def write_external_weights(
+    graphs: Sequence[ir.Graph],
+    folder: Path,
+    progress: Progress | None = None,
+    *,
+    always: Collection[ir.TensorProtocol] = (),
+) -> int:
+    """Move the initializers of graphs to `weights.bin` and let them point there.
 
     Large tensors start on a page, so that a runtime can map them; small ones on a cache line. Initializers
-    that share a tensor share its bytes.
+    that share a tensor share its bytes, also those of different graphs.
 
     Args:
-        graph: Its initializers are replaced by external tensors.
+        graphs: Their initializers are replaced by external tensors.
         folder: Where the file is written.
         progress: Called with the bytes written.
+        always: Tensors to write however small they are.
 
     Returns:
         Bytes of weights written, padding not counted.
     """
-    values = [value for value in graph.initializers.values() if _is_external(value.const_value)]
-    total = sum(value.const_value.nbytes for value in values if value.const_value is not None)
+    small = {id(tensor) for tensor in always if tensor.nbytes}
+    every = [value for graph in graphs for value in graph.initializers.values()]
+    values = [value for value in every if _is_external(value.const_value) or id(value.const_value) in small]
+    total = sum(
+        {id(value.const_value): value.const_value.nbytes for value in values if value.const_value is not None}.values()
+    )
     done = 0
     placed: dict[int, ir.ExternalTensor] = {}
     with (folder / FILE_NAME).open("wb") as file:

@@ -9,6 +9,7 @@
 #include "cpu/page.h"
 #include "cpu/page_cache.h"
 #include "cpu/parallel.h"
+#include "cpu/read_log.h"
 #include "cpu/weight.h"
 #include "ort/shared_weight.h"
 
@@ -277,5 +278,36 @@ EFFC_EXPORT int32_t effc_page_linear_attention(const effc::PageSpec* spec, int64
       effc::PageValues(kernels, layout, pages, scores.data(), spec->page, g, out, scratch.data());
     }
     return 0;
+  });
+}
+
+// Starts a log of what steps of one token read, or stops it.
+EFFC_EXPORT void effc_log_reads(int32_t on) { effc::LogReads(on != 0); }
+
+// The logged reads: for each its row, key head, tokens, number of runs, and their begins and ends.
+// Writes them when they fit `capacity` numbers; returns how many they are.
+EFFC_EXPORT int64_t effc_logged_reads(int64_t* out, int64_t capacity) {
+  return Guard<int64_t>(-1, [&] {
+    std::vector<int64_t> numbers;
+    for (const effc::LoggedRead& read : effc::LoggedReads()) {
+      const auto runs = static_cast<int64_t>(read.runs.size());
+      numbers.insert(numbers.end(), {read.row, read.head, read.tokens, runs});
+      for (const effc::SlotRun& run : read.runs) {
+        numbers.insert(numbers.end(), {run.begin, run.end});
+      }
+    }
+    const auto count = static_cast<int64_t>(numbers.size());
+    if (count <= capacity) std::copy(numbers.begin(), numbers.end(), out);
+    return count;
+  });
+}
+
+// Names of the nodes of the logged reads, each ended by a newline.
+EFFC_EXPORT const char* effc_logged_nodes() {
+  thread_local std::string names;
+  return Guard<const char*>(nullptr, [&] {
+    names.clear();
+    for (const effc::LoggedRead& read : effc::LoggedReads()) names += read.node + "\n";
+    return names.c_str();
   });
 }

@@ -7,6 +7,7 @@
 #include <string>
 
 #include "cpu/far_sinks.h"
+#include "cpu/read_log.h"
 #include "cpu/selection.h"
 #include "cpu/stride_pattern.h"
 #include "cpu/token_store.h"
@@ -430,6 +431,7 @@ VisibleSlots Visible(const AttentionForm& form, const AttentionOperands& operand
 void Attend(const Kernels& kernels, const AttentionForm& form, const AttentionOperands& operands,
             const NewTokens& tokens, const TokenStore& store, const Reads& reads,
             const ParallelFunction& parallel, float* y, Normaliser* normalisers) {
+  if (!reads.packed) LogStep(form, operands, tokens, reads);
   Attention(kernels, form, operands, tokens, store, reads, y, normalisers).Run(parallel);
 }
 

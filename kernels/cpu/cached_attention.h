@@ -148,6 +148,7 @@ struct Reads {
   const FarSinks* sinks = nullptr;
   const TokenShares* shares = nullptr;  // of each row: of what is chosen, what is known already
   const StridePattern* pattern = nullptr;
+  bool packed = false;  // whether slots are not those of the text, so that the caller logs reads
 };
 
 // Computes y [B, S, H * E], and the normalisers [B, K, S, G] unless null. Throws Error when a

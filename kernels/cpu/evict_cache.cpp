@@ -36,7 +36,10 @@ void EvictStorage::Step(const Kernels& kernels, const AttentionOperands& operand
   const EvictStep step(form_, selection_, operands, past);
   const NewTokens tokens(form_, step.packed(), parallel);
   const KeptStore store(step, tokens);
-  Attend(kernels, form_, step.packed(), tokens, store, {}, parallel, y);
+  Reads reads;
+  reads.packed = true;
+  step.LogReads();
+  Attend(kernels, form_, step.packed(), tokens, store, reads, parallel, y);
   const EvictVotes votes(kernels, step, tokens, store);
   WriteKept(kernels, step, tokens, votes, present, parallel);
 }

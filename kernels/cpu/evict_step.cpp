@@ -6,6 +6,7 @@
 #include <string>
 
 #include "cpu/evict_votes.h"
+#include "cpu/read_log.h"
 
 namespace effc {
 namespace {
@@ -143,6 +144,25 @@ EvictStep::EvictStep(const AttentionForm& form, const SelectionSpec& spec,
     for (const int32_t i : rows_[row].fresh) valid[most + i] = 1;
   }
   packed_.valid = valid_.data();
+}
+
+void EvictStep::LogReads() const {
+  if (!LogsReads() || operands.seq != 1) return;
+  for (int64_t row = 0; row < operands.batch; ++row) {
+    if (rows_[row].tokens <= 0) continue;
+    for (int64_t head = 0; head < form.kv_heads; ++head) {
+      std::vector<SlotRun> runs;
+      for (int64_t c = 0; c < rows_[row].candidates(); ++c) {
+        const int64_t token = Candidate(row, head, c);
+        if (!runs.empty() && runs.back().end == token) {
+          ++runs.back().end;
+        } else {
+          runs.push_back({token, token + 1});
+        }
+      }
+      LogRead(row, head, rows_[row].tokens, std::move(runs));
+    }
+  }
 }
 
 EvictRow EvictStep::ReadRow(int64_t row) const {

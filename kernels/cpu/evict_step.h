@@ -51,6 +51,9 @@ class EvictStep {
     return Token(row, r.fresh[c - r.kept]);
   }
 
+  // Adds to the log of reads, which counts tokens of the text.
+  void LogReads() const;
+
   const AttentionForm& form;
   const SelectionSpec& spec;
   const AttentionOperands& operands;

@@ -2,6 +2,8 @@
 
 #include <string>
 
+#include "cpu/read_log.h"
+
 namespace effc::ort {
 namespace {
 
@@ -228,6 +230,7 @@ void CachedAttentionKernel::Compute(OrtKernelContext* context) const {
   const ParallelFunction parallel = [&](int64_t count, int64_t grain, const RangeFunction& fn) {
     Parallel(context, count, grain, fn);
   };
+  const LoggedNode logged(name_);
   storage_->Step(*kernels_, operands, past, present, parallel, y);
 }
 

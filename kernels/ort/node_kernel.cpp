@@ -73,7 +73,9 @@ std::vector<int64_t> NodeAttributes::Ints(const char* name) const {
 }
 
 NodeKernel::NodeKernel(OrtApi* table, const OrtKernelInfo* info, const char* op)
-    : api_(table), where_(std::string("effc::") + op + " node '" + NodeName(api_, info) + "': ") {}
+    : api_(table),
+      name_(NodeName(api_, info)),
+      where_(std::string("effc::") + op + " node '" + name_ + "': ") {}
 
 OrtStatus* NodeKernel::Fail(int32_t code, const std::string& message) const {
   return api_.CreateStatus(code, (where_ + message).c_str());

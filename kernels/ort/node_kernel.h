@@ -56,7 +56,8 @@ class NodeKernel {
   void Parallel(const OrtKernelContext* context, int64_t count, int64_t grain, Fn&& fn) const;
 
   Api api_;
-  std::string where_;
+  std::string name_;   // of the node
+  std::string where_;  // what a message begins with
 };
 
 template <class Fn>

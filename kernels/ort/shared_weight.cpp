@@ -84,7 +84,10 @@ std::shared_ptr<const RuntimeWeight> SharedWeight(const Spec& spec, Layout layou
   CheckTensors(spec, layout, tensors.data(), tensors.size());
   const Layout runtime = layout == Layout::kHuffman ? RuntimeLayout(spec) : layout;
   std::vector<const void*> pointers;
-  for (const Tensor& tensor : tensors) pointers.push_back(tensor.data);
+  for (const Tensor& tensor : tensors) {
+    // Where a tensor without content lies says nothing.
+    pointers.push_back(tensor.count() == 0 ? nullptr : tensor.data);
+  }
   const Key key{layout, runtime, spec.dtype, spec.rows, spec.columns, std::move(pointers)};
   Cache& cache = GlobalCache();
   const std::lock_guard<std::mutex> lock(cache.mutex);

@@ -75,6 +75,7 @@ def test_a_report_lies_outside_the_engine(engines, tmp_path) -> None:
     result = verification.verify(engines[1.5], engines[1.0], report=page)
     assert result["contexts"] == []
     assert result["passkey"] is None
+    assert result["reads"] is None
     assert "Compared with the source" in page.read_text(encoding="utf-8")
     with pytest.raises(UsageError, match="lies in an engine folder"):
         verification.verify(engines[1.5], engines[1.0], report=engines[1.0] / "report.html")
@@ -84,6 +85,6 @@ def test_a_report_lies_outside_the_engine(engines, tmp_path) -> None:
 
 
 def test_long_contexts_are_for_models_that_generate(engines) -> None:
-    for wrong in ({"contexts": [64]}, {"passkey": [400]}):
+    for wrong in ({"contexts": [64]}, {"passkey": [400]}, {"reads": 64}):
         with pytest.raises(UsageError, match="causal-lm engines only"):
             verification.verify(engines[1.0], engines[1.0], **wrong)

@@ -129,7 +129,7 @@ def test_optimize_passes_every_flag_on(effc, compiler, tmp_path) -> None:
             "effc.verification",
             "verify",
             "text tokens context contexts passkey passkey_depths "
-            "passkey_samples passkey_keys chunk threads budget report progress",
+            "passkey_samples passkey_keys reads chunk threads budget report progress",
         ),
         ("effc.verify.benchmark", "bench_engine", "prompt_tokens new_tokens batch threads repeats progress"),
     ],
@@ -216,12 +216,14 @@ class OpenEngine:
             token_ids: list
             finish_reason: str = "length"
             prompt_tokens: int = 3
+            kept_tokens: int = 3
             prefill_seconds: float = 0.1
             decode_seconds: float = 0.2
             prefix_tokens: int = 0
 
         self.options = options
-        texts = [f"{prompt} and [more]" for prompt in prompts]
+        read = "" if options["filter_prompt"] else "all of "
+        texts = [f"{read}{prompt} and [more]" for prompt in prompts]
         for row, text in enumerate(texts):
             for piece in text.split(" ") if stream else ():
                 stream(row, piece)
@@ -249,6 +251,7 @@ def test_generate(effc, session, tmp_path) -> None:
     file = tmp_path / "prompt.txt"
     file.write_text("from a file", encoding="utf-8")
     assert effc("generate", "e", "--prompt-file", file).out == "from a file and [more]\n"
+    assert effc("generate", "e", "--prompt", "x", "--no-filter-prompt").out == "all of x and [more]\n"
     file.write_bytes(b"\xff\xfe")
     result = effc("generate", "e", "--prompt-file", file)
     assert result.code == 3
@@ -322,7 +325,7 @@ def test_verify_builds_the_reference_of_a_model_and_takes_an_engine_as_it_is(
     long = {"contexts": (), "passkey": (), "passkey_depths": (0, 25, 50, 75, 100), "passkey_samples": 4}
     options = seen[1][2]
     assert callable(options.pop("progress"))
-    assert options == {**expected, **long, "passkey_keys": 1, "chunk": 64}
+    assert options == {**expected, **long, "passkey_keys": 1, "reads": None, "chunk": 64}
     assert compiler.calls == [("model", {"dtype": None, "task": None, "twin": False})]
 
 
@@ -345,6 +348,11 @@ LONG_CONTEXT = {
         "rank": {"source": [[1.0, 2.5]], "engine": [[99.0, 2.5]]},
         "score": {"source": 0.75, "engine": 0.25},
     },
+    "reads": {
+        "tokens": 900,
+        "steps": 32,
+        "layers": [{"node": "attention 3", "heads": [0.25, 0.5], "least": 0.125, "most": 0.75, "map": [1.0, 0.5]}],
+    },
 }
 
 
@@ -357,17 +365,18 @@ def test_verify_measures_long_contexts(effc, compiler, stand_in, tmp_path) -> No
 
     stand_in("effc.verification", verify=verify)
     words = ["--contexts", "16, 32,16", "--passkey", "2048", "--passkey-depths", "0,100", "--passkey-samples", "2"]
-    more = ["--passkey-keys", 3, "--chunk", 7, "--report", tmp_path / "page.html"]
+    more = ["--passkey-keys", 3, "--reads", 900, "--chunk", 7, "--report", tmp_path / "page.html"]
     result = effc("verify", "e", "--against", "m", *words, *more, "--json")
     assert result.json("verify")["passkey"] == LONG_CONTEXT["passkey"]
     assert (seen["contexts"], seen["passkey"], seen["passkey_depths"]) == ((16, 32), (2048,), (0, 100))
-    assert (seen["passkey_samples"], seen["passkey_keys"], seen["chunk"]) == (2, 3, 7)
+    assert (seen["passkey_samples"], seen["passkey_keys"], seen["reads"], seen["chunk"]) == (2, 3, 900, 7)
     assert seen["report"] == tmp_path / "page.html"
     people = effc("verify", "e", "--against", "m").out
     for line in (
         r"16 +90 +30\.00\d+ +33\.0\d+ +1\.10",
         r"32 +90 +– +– +–",
         r"2048 +100 % \(-0\.25\) +50 % \(-1\.5\d*\)",
+        r"attention 3 +12 % +75 % +25 % 50 %",
     ):
         assert re.search(line, people)
     assert "pass keys found by the engine: 25 %" in people

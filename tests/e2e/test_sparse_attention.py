@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 import effc
-from effc.errors import ContractError
+from effc.errors import ContractError, UsageError
 from effc.runtime.kv_state import cache_bytes
 from effc.runtime.limits import token_limit
 from effc.runtime.session import Engine
 from effc.verify.steps import token_feed
+from effc.verify.token_reads import measure_reads
 
 VOCABULARY, LIMIT = 96, 160
 
@@ -66,6 +67,8 @@ def dense(model: Path, tmp_path_factory: pytest.TempPathFactory, ids: np.ndarray
             0.3,
         ),
         ("kv-cache{scheme=int4,page=16,recent=16},sparse-attention{first=0,share=0.5}", 0.5),
+        ("sparse-attention{scheme=topk,first=0,share=0.5}", 0.3),
+        ("kv-cache{scheme=int4,page=16,recent=16},sparse-attention{scheme=topk,first=0,share=0.5}", 0.5),
         ("sparse-attention{scheme=window,recent=200}", 1e-5),
         ("sparse-attention{scheme=window,recent=64}", 0.5),
         ("stored-weights{min-bytes=0},sparse-attention{scheme=window,recent=64,positions=cap}", 0.5),
@@ -138,3 +141,40 @@ def test_a_budget_that_is_broken(model: Path, tmp_path: Path) -> None:
     with pytest.raises(ContractError, match="sparse-attention"):
         build(model, tmp_path / "engine", "sparse-attention{scheme=window,recent=4,sinks=1}", budget="max-rel=0.001")
     assert not (tmp_path / "engine").exists()
+
+
+READING = {
+    "pages": "share=0.25,recent=8",
+    "topk": "share=0.25,recent=8",
+    "window": "recent=48",
+    "evict": "budget=40,recent=8",
+    "stride": "recent=16,block=8,stride=4,middle=true",
+}
+
+
+@pytest.mark.parametrize("scheme", READING)
+def test_what_decoding_reads_is_told(model: Path, tmp_path: Path, scheme: str) -> None:
+    options = READING[scheme]
+    first = 0 if scheme == "window" else 1
+    engine = build(model, tmp_path / "engine", f"sparse-attention{{scheme={scheme},first={first},{options}}}")
+    found = measure_reads(engine, list(range(5, 45)) * 3, steps=20)
+    assert (found["tokens"], found["steps"], len(found["layers"])) == (120, 20, 3)
+    for index, layer in enumerate(found["layers"]):
+        assert len(layer["heads"]) == 2
+        assert len(layer["map"]) == 120
+        if index < first:
+            assert layer["heads"] == layer["map"][:1] * 2 == [1.0, 1.0]
+            continue
+        assert 0.2 < layer["least"] <= min(layer["heads"]) <= max(layer["heads"]) <= layer["most"] < 0.6
+        assert layer["map"][:4] == [1.0] * 4
+        assert layer["map"][-1] == 1.0
+    middle = np.array(found["layers"][-1]["map"][4:50])
+    assert (middle.max() == 0) == (scheme == "window")
+
+
+def test_reads_are_known_of_our_kernels_only(model: Path, tmp_path: Path) -> None:
+    plain = build(model, tmp_path / "engine", "", portable=True)
+    with pytest.raises(UsageError, match="onnxruntime's own operators"):
+        measure_reads(plain, list(range(90)))
+    with pytest.raises(UsageError, match="has 20 tokens, more than 32"):
+        measure_reads(plain, list(range(20)))

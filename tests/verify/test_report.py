@@ -72,6 +72,16 @@ def test_a_plain_engine(manifest: dict, tmp_path: Path) -> None:
     check(text)
     assert "encoder engine for ort-cpu" in text
     assert "<h2>Speed" not in text
+    assert "shortened" not in text
+
+
+def test_an_engine_that_shortens_prompts(manifest: dict) -> None:
+    entry = {"model": "f.onnx", "layer": 5, "layers": 18, "keep": 1024, "forced": 64, "weights": []}
+    text = render_report({**manifest, "prompt_filter": entry})
+    check(text)
+    assert "more than 1024 tokens are shortened to as many, the first and the last 64 among them" in text
+    assert "layer 5 of 18" in text
+    assert "the first and" not in render_report({**manifest, "prompt_filter": {**entry, "forced": 0}})
 
 
 def test_everything_measured(manifest: dict) -> None:
@@ -132,6 +142,17 @@ def test_long_contexts(manifest: dict) -> None:
     unknown = render_report(manifest, verify=long_contexts(None))
     check(unknown)
     assert "4096 tokens, 0 % deep: 0 %, ln p –" in unknown
+
+
+def test_tokens_that_are_read(manifest: dict) -> None:
+    layer = {"node": "layer <3>", "heads": [0.25, 0.5], "least": 0.125, "most": 0.75, "map": [1.0, 0.0, 0.0625]}
+    reads = {"tokens": 900, "steps": 32, "layers": [layer]}
+    text = render_report(manifest, verify={**long_contexts(2.75), "reads": reads})
+    check(text)
+    for expected in ("at the end of 900 tokens", "layer &lt;3&gt;", "37.5 %", "12.5 %", "75.0 %", "25.0 %, 50.0 %"):
+        assert expected in text
+    assert text.count('class="good read"') == 2
+    assert 'x="2" y="0" width="1" height="12" class="good read" fill-opacity="0.062"' in text
 
 
 def test_every_cell_lies_within_its_picture(manifest: dict) -> None:
