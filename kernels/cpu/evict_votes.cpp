@@ -4,12 +4,18 @@
 #include <cstring>
 #include <limits>
 #include <numeric>
+#include <string>
 
 namespace effc {
 namespace {
 
 constexpr int64_t kMostScores = 1 << 20;  // floats of scores at a time
 constexpr int64_t kLeastRows = 16;
+
+[[noreturn]] void RefuseDamaged(int64_t row, int64_t head) {
+  throw Error("the past tokens of row " + std::to_string(row) + ", head " + std::to_string(head) +
+              " are not in order; give the cache that a step of this node left");
+}
 
 }  // namespace
 
@@ -21,8 +27,11 @@ std::vector<int32_t> EvictVotes::Choose(int64_t row, int64_t head) const {
   std::vector<int32_t> others;
   std::vector<float> votes(Votes(row, head));
   int64_t before = 0;  // candidates before the recent ones
+  int64_t previous = -1;
   for (int64_t c = 0; c < count; ++c) {
     const int64_t token = step_.Candidate(row, head, c);
+    if (token < previous) RefuseDamaged(row, head);
+    previous = token;
     const int64_t slot = c < r.kept ? c : r.kept + r.fresh[c - r.kept];
     votes[c] = votes[slot];
     before += token < r.tokens - spec.recent ? 1 : 0;
@@ -32,6 +41,7 @@ std::vector<int32_t> EvictVotes::Choose(int64_t row, int64_t head) const {
   votes.resize(before);
   const std::vector<float> pooled = Pooled(votes);
   const int64_t wanted = spec.budget - static_cast<int64_t>(chosen.size());
+  if (wanted < 0) RefuseDamaged(row, head);
   std::nth_element(
       others.begin(), others.begin() + wanted, others.end(),
       [&](int32_t a, int32_t b) { return pooled[a] != pooled[b] ? pooled[a] > pooled[b] : a < b; });

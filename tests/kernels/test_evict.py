@@ -296,3 +296,13 @@ def test_a_bias_and_an_empty_cache_are_refused() -> None:
         biased.run(part(feeds, 0, 1) | {"bias": np.zeros((1, 1, 1, 1), F32)}, cache.past)
     with pytest.raises(Exception, match="counts 30 past tokens of row 0, but its cache is empty"):
         cache.model.run(part(feeds, 30, 31), cache.past)
+
+
+@pytest.mark.parametrize("numbers", [[*range(30, 0, -1)], [1] * 30])
+def test_a_damaged_cache_is_refused(numbers: list[int]) -> None:
+    form, feeds = FORMS["gqa"], feeds_of(FORMS["gqa"])
+    cache = Cache(form, EVICT)
+    cache.run(feeds, [30])
+    cache.past[2][0, 1] = numbers
+    with pytest.raises(Exception, match="row 0, head 1 are not in order"):
+        cache.run(feeds, [1])

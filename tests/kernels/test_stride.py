@@ -34,11 +34,11 @@ class Stride:
         names = ("sinks", "recent", "block", "stride")
         return {"selection": "stride", **{f"select_{name}": getattr(self, name) for name in names}}
 
-    def allowed(self, head: int, query: int, key: int) -> bool:
-        """Whether a query of a key head reads a token, both counted from the first of their row."""
+    def allowed(self, head: int, query: np.ndarray, key: np.ndarray) -> np.ndarray:
+        """Whether queries of a key head read tokens, both counted from the first of their row."""
         near = query // self.block - key // self.block < self.recent // self.block
         strided = (key // self.block - head) % self.stride == 0
-        return key <= query and (key < self.sinks or near or strided)
+        return (key >= 0) & (key <= query) & ((key < self.sinks) | near | strided)
 
 
 class Cache:
@@ -93,10 +93,8 @@ def expected(form: Form, stride: Stride, feeds: dict[str, np.ndarray]) -> np.nda
     result = np.zeros((batch, TOKENS, form.heads, form.value_size))
     for b, head in np.ndindex(batch, form.kv_heads):
         valid = feeds["valid"][b]
-        start = int(valid.argmax())
-        tokens = range(TOKENS)
-        seen = np.array([[j >= start and stride.allowed(head, i - start, j - start) for j in tokens] for i in tokens])
-        seen &= valid[None]
+        tokens = np.arange(TOKENS) - valid.argmax()
+        seen = stride.allowed(head, tokens[:, None], tokens[None]) & valid[None]
         for h in range(head * group, (head + 1) * group):
             scores = q[b, h] @ k[b, head].T * form.scale
             if form.softcap:
