@@ -99,7 +99,7 @@ class ContractCheck(Instrument):
         if _another_cache(reference.interface, after.interface):
             # No past fits both: each program makes its own, of the same tokens.
             wider = (*shapes, *cache_shapes(after.interface)) if isinstance(self.shapes, str) else shapes
-            shapes = tuple(dict.fromkeys(replace(shape, own_past=shape.past > 0) for shape in wider))
+            shapes = _with_own_pasts(wider)
         reference.require(shapes)
         try:
             after.require(shapes)
@@ -111,8 +111,10 @@ class ContractCheck(Instrument):
 
     def _choose(self, interface: Interface) -> tuple[FeedShape, ...]:
         if isinstance(self.shapes, str):
-            return hard_shapes(interface) if self.shapes == "hard" else quick_shapes(interface)
-        return tuple(self.shapes)
+            shapes = hard_shapes(interface) if self.shapes == "hard" else quick_shapes(interface)
+        else:
+            shapes = tuple(self.shapes)
+        return _with_own_pasts(shapes) if interface.numbers_tokens else shapes
 
 
 @dataclass(frozen=True)
@@ -155,6 +157,10 @@ class _Verdict:
         lines.append(f"  First value that is off: {place}." if place else "  No inner value with a common name is off.")
         lines.append("  Leave this pass out, or report it with the model's configuration.")
         return "\n".join(lines)
+
+
+def _with_own_pasts(shapes: Sequence[FeedShape]) -> tuple[FeedShape, ...]:
+    return tuple(dict.fromkeys(replace(shape, own_past=shape.past > 0) for shape in shapes))
 
 
 def _another_cache(before: Interface, after: Interface) -> bool:

@@ -79,6 +79,12 @@ class Interface:
     cache: frozenset[str] = frozenset()
     pad_left: bool = False
 
+    @property
+    def numbers_tokens(self) -> bool:
+        """Whether a cache input says by number which tokens the cache holds, so that no random content makes a past."""
+        types = [_dtype(port.dtype) for port in self.inputs if port.name in self.cache]
+        return any(dtype.kind == "i" and dtype.itemsize > 1 for dtype in types)
+
     def cache_form(self) -> frozenset[tuple[str, str, str]]:
         """Name, dtype and shape of each cache input: a past fits two programs when these are equal."""
         return frozenset((port.name, port.dtype, str(port.shape)) for port in self.inputs if port.name in self.cache)

@@ -232,7 +232,8 @@ def cached_node_runner(
     constants: dict[str, np.ndarray] | None = None,
 ) -> Callable[[], float]:
     """Runs so many nodes with their caches, whose names end in the number of the node, and inputs behind the cache."""
-    types = {dtype: type_ for type_, dtype in DTYPES.items()} | {np.dtype(np.uint8): TensorProto.UINT8}
+    types = {dtype: type_ for type_, dtype in DTYPES.items()}
+    types |= {np.dtype(np.uint8): TensorProto.UINT8, np.dtype(np.int32): TensorProto.INT32}
     nodes, inputs, outputs = [], [], []
     for name, array in caches.items():
         inputs.append(value(f"past_{name}", types[array.dtype], array.shape))

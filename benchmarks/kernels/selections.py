@@ -1,12 +1,13 @@
 """Speed of decoding steps that read a part of the cache, beside steps that read all of it.
 
 Run: `python benchmarks/kernels/selections.py [--threads 2] [--rounds 9] [--heads 32/8] [--tokens 32768] [--budget 2048]
-[--storages fp32 bf16 int8 int4] [--selections pages topk clusters]`
+[--storages fp32 bf16 int8 int4] [--selections pages topk evict stride clusters]`
 
 One new token over a full cache, in equal nodes that together overflow the caches of the processor. The variants take
 turns in one process. Bytes are those that a step needs: with `pages` bounds of all blocks, keys and values of those
-that are read; with `topk` all keys, and values of those that are read; with `clusters` (of synthetic keys that lie in
-clusters) centroids of all parents, those of the clusters whose parents pass, keys and values of those that are read.
+that are read; with `topk` all keys, and values of those that are read; with `evict` all that is kept, and its time is
+the mean of as many steps as lie between two times that the cache is full; with `clusters` (of synthetic keys that lie
+in clusters) centroids of all parents, those of the clusters whose parents pass, keys and values of those that are read.
 """
 
 from __future__ import annotations
@@ -32,10 +33,12 @@ from cached_attention import (
 from clustered_keys import OBSERVED, clustered_keys, thresholds, tokens_read
 
 from effc import kernels
+from effc.ir.dialect.selections import StrideSelection
 
 NODES = 4
-SELECTIONS = ["pages", "topk", "clusters"]
+SELECTIONS = ("pages", "topk", "evict", "stride", "clusters")
 SINKS, RECENT, BLOCK = 4, 32, 16
+DROPPED = 128  # tokens that a full cache drops
 
 
 def selected(variant: Variant, selection: str, budget: int) -> Variant:
@@ -47,6 +50,31 @@ def selected(variant: Variant, selection: str, budget: int) -> Variant:
     block = 1 if selection == "topk" else block
     attributes = {"selection": selection, "select_sinks": sinks, "select_recent": recent, "select_block": block}
     return replace(variant, attributes=variant.attributes | attributes | {"select_budget": budget})
+
+
+def evicting(variant: Variant, budget: int) -> Variant:
+    """The variant with a cache that drops tokens."""
+    attributes = {"selection": "evict", "select_sinks": SINKS, "select_recent": RECENT, "select_pool": 5}
+    places = {"ring": budget + DROPPED, "select_budget": budget, "select_block": DROPPED}
+    return replace(variant, attributes=variant.attributes | attributes | places)
+
+
+def striding(variant: Variant) -> Variant:
+    """The variant with a fixed pattern; the budget does not matter."""
+    selection = {"selection": "stride", **StrideSelection().attributes()}
+    return replace(variant, attributes=variant.attributes | selection)
+
+
+def variants_of(name: str, selections: list[str], budget: int) -> dict[str, Variant]:
+    """Name -> a storage with everything read, and with each selection that it can have."""
+    plain = STORAGES[name]
+    found = {name: plain}
+    for selection in selections:
+        if selection in ("pages", "topk"):
+            found[f"{name}, {selection}"] = selected(plain, selection, budget)
+        elif "page" not in plain.attributes:
+            found[f"{name}, {selection}"] = evicting(plain, budget) if selection == "evict" else striding(plain)
+    return found
 
 
 def first_node(caches: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -71,9 +99,32 @@ def caches_of(case: Case, variant: Variant) -> dict[str, np.ndarray]:
     return caches
 
 
+def evict_caches(case: Case, variant: Variant, budget: int) -> dict[str, np.ndarray]:
+    """Random caches of one node that hold `budget` of the tokens so far."""
+    rng = np.random.default_rng(3)
+    caches = first_node(dense_caches(replace(case, total=budget + DROPPED), DTYPES[variant.type]))
+    last = np.arange(case.total - 1 - RECENT, case.total - 1)
+    kept = [np.sort(rng.choice(last[0], budget - RECENT, replace=False)) for _ in range(case.kv_heads)]
+    numbers = np.array([np.concatenate([one, last]) + 1 for one in kept], np.int32)
+    caches["t0"] = np.pad(numbers, ((0, 0), (0, DROPPED)))[None]
+    width = case.heads // case.kv_heads * SIZE
+    caches["q0"] = rng.standard_normal((1, case.kv_heads, RECENT, width), dtype=np.float32)
+    return caches
+
+
+def mean_of(run: Callable[[], float], count: int) -> Callable[[], float]:
+    """Runs so many times, for the mean."""
+    return lambda: statistics.fmean(run() for _ in range(count))
+
+
 def bytes_needed(case: Case, variant: Variant, caches: dict[str, np.ndarray], budget: int) -> float:
     """Bytes a step of one node needs."""
     selection = variant.attributes.get("selection", "all")
+    if selection == "evict":
+        return float(sum(caches[name].nbytes for name in ("k0", "v0")))
+    if selection == "stride":
+        read = StrideSelection().read_at(case.total - 1) / case.total
+        return read * sum(caches[name].nbytes for name in ("k0", "v0"))
     if "page" not in variant.attributes:
         read = (budget + SINKS + RECENT + BLOCK) / case.total
         share = {"all": (1.0, 1.0), "pages": (read, read), "topk": (1.0, read)}[str(selection)]
@@ -106,18 +157,18 @@ def clustered(case: Case, variant: Variant, budget: int, threads: int) -> tuple[
 
 def measure(case: Case, storages: list[str], selections: list[str], budget: int, threads: int, rounds: int) -> None:
     """Print one table."""
-    variants = {}
+    variants: dict[str, Variant] = {}
     for name in storages:
-        variants[name] = STORAGES[name]
-        for selection in (one for one in selections if one != "clusters"):
-            variants[f"{name}, {selection}"] = selected(STORAGES[name], selection, budget)
+        variants |= variants_of(name, [one for one in selections if one != "clusters"], budget)
     runners: dict[str, Callable[[], float]] = {}
     needed = {}
     for name, variant in variants.items():
-        caches = caches_of(case, variant)
+        evicts = variant.attributes.get("selection") == "evict"
+        caches = evict_caches(case, variant, budget) if evicts else caches_of(case, variant)
         needed[name] = NODES * bytes_needed(case, variant, caches, budget)
         every = {f"{key[:-1]}{i}": array for i in range(NODES) for key, array in caches.items()}
-        runners[name] = cached_node_runner(case, variant, every, NODES, threads)
+        run = cached_node_runner(case, variant, every, NODES, threads)
+        runners[name] = mean_of(run, DROPPED) if evicts else run
     for name in storages:
         if "clusters" in selections and "page" not in STORAGES[name].attributes:
             runners[f"{name}, clusters"], nbytes = clustered(case, STORAGES[name], budget, threads)
@@ -151,7 +202,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[32768])
     parser.add_argument("--budget", type=int, default=2048)
     parser.add_argument("--storages", nargs="+", default=["fp32", "bf16", "int8", "int4"], choices=list(STORAGES))
-    parser.add_argument("--selections", nargs="+", default=SELECTIONS, choices=SELECTIONS)
+    parser.add_argument("--selections", nargs="+", default=[*SELECTIONS], choices=SELECTIONS)
     args = parser.parse_args()
     print(f"{kernels.isa()}, {args.threads} threads, onnxruntime {ort.__version__}")
     for text in args.heads:

@@ -27,12 +27,15 @@ PAST, BATCH = "past", "batch"
 
 @dataclass(frozen=True)
 class HeadSizes:
-    """Sizes that the tensors of a cache depend on: key/value heads, elements of a key and of a value, query heads."""
+    """Sizes that the tensors of a cache depend on: key/value heads, elements of a key and of a value.
+
+    `group` are the query heads of a key head.
+    """
 
     kv_heads: int
     head_size: int
     value_size: int
-    heads: int = 0
+    group: int = 1
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from effc.ir.dialect.cache_storage import DenseStorage, HeadSizes, PageStorage, 
 from effc.ir.dialect.selections import (
     SELECTIONS,
     AllTokens,
-    ClusterSelection,
     PageSelection,
+    StrideSelection,
     TokenSelection,
     TopKSelection,
     WindowSelection,
@@ -52,7 +52,11 @@ NO_SELECTION: dict[str, int | float | str] = {
     "select_budget": 0,
     "select_share": 0.0,
     "dense_below": 0,
+    "select_refresh": 0,
+    "select_similarity": 0.0,
     "select_positions": "none",
+    "select_pool": 0,
+    "select_stride": 0,
 }
 """Attributes of selections, as those without them have them."""
 
@@ -105,7 +109,7 @@ class AttentionForm:
     @property
     def sizes(self) -> HeadSizes:
         """Sizes the cache depends on."""
-        return HeadSizes(self.kv_heads, self.head_size, self.value_size, self.heads)
+        return HeadSizes(self.kv_heads, self.head_size, self.value_size, self.heads // self.kv_heads)
 
 
 class CachedAttention(DialectOp):
@@ -157,23 +161,29 @@ class CachedAttention(DialectOp):
         """Join past and new tokens, attend with a mask, keep what the storage keeps."""
         from effc.ir.dialect.cached_attention_body import DenseBody, StaticBody
         from effc.ir.dialect.pages_attention_body import PagesBody
+        from effc.ir.dialect.stride_attention_body import StrideBody
         from effc.ir.dialect.topk_attention_body import TopKBody
         from effc.ir.dialect.window_attention_body import WindowBody
 
         form, storage, selection = attention_form(node), cache_storage(node), token_selection(node)
-        if isinstance(selection, ClusterSelection):
-            raise _no_body(node, f"selection={selection.kind}", "sparse-attention")
         if isinstance(storage, DenseStorage) and isinstance(selection, PageSelection):
             return PagesBody(node, tape, form, storage, selection).record()
-        if isinstance(storage, DenseStorage) and isinstance(selection, TopKSelection):
+        if isinstance(storage, DenseStorage) and isinstance(selection, TopKSelection) and not selection.refresh:
             return TopKBody(node, tape, form, storage, selection).record()
         if isinstance(storage, DenseStorage) and isinstance(selection, WindowSelection):
             return WindowBody(node, tape, form, storage, selection).record()
-        if isinstance(storage, DenseStorage):
+        if isinstance(storage, DenseStorage) and isinstance(selection, StrideSelection):
+            return StrideBody(node, tape, form, storage, selection).record()
+        if isinstance(storage, DenseStorage) and isinstance(selection, AllTokens):
             return DenseBody(node, tape, form, storage).record()
         if isinstance(storage, StaticStorage):
             return StaticBody(node, tape, form, storage).record()
-        raise _no_body(node, f"storage={storage.kind}", "kv-cache")
+        dense = isinstance(storage, DenseStorage)
+        what = f"selection={selection.kind}" if dense else f"storage={storage.kind}"
+        raise InputError(
+            f"node {node.name!r}: CachedAttention with {what} has no body in standard ops, so a portable engine cannot "
+            f"have it. Write a native engine, or leave the pass {'sparse-attention' if dense else 'kv-cache'} out."
+        )
 
 
 OP = CachedAttention()
@@ -289,13 +299,6 @@ def has_no_kernel(node: ir.Node) -> bool:
     return node.op_type == OP.name and node.attributes["storage"].as_string() == StaticStorage.kind
 
 
-def _no_body(node: ir.Node, what: str, pass_name: str) -> InputError:
-    return InputError(
-        f"node {node.name!r}: CachedAttention with {what} has no body in standard ops, so a portable engine cannot "
-        f"have it. Write a native engine, or leave the pass {pass_name} out."
-    )
-
-
 def _one_width(key_bits: Sequence[int], value_bits: Sequence[int]) -> int:
     if len(set(key_bits) | set(value_bits)) != 1 or len(key_bits) != 2 or len(value_bits) != 2:
         raise InputError(f"key_bits is {list(key_bits)} and value_bits {list(value_bits)}, static needs one number")
@@ -354,10 +357,9 @@ def _check_operands(node: ir.Node, form: AttentionForm, storage: Storage, select
     for name, value, width in zip(OPERANDS, node.inputs, widths):
         _check_axes(name, value, ("batch", "seq", width))
     _check_axes("valid", node.inputs[3], ("batch", "total"))
-    if isinstance(storage, DenseStorage) and storage.ring and not 0 < form.window <= storage.ring:
-        raise InputError(
-            f"a ring of {storage.ring} places needs a window from 1 to {storage.ring}, it is {form.window}"
-        )
+    ring = storage.ring if isinstance(storage, DenseStorage) and selection.keeps_slots else 0
+    if ring and not 0 < form.window <= ring:
+        raise InputError(f"a ring of {ring} places needs a window from 1 to {ring}, it is {form.window}")
     past, expected = past_values(node), cache_tensors(form, storage, selection)
     if len(past) != len(expected) or len(node.outputs) != 1 + len(past):
         kinds = f"storage={storage.kind} with selection={selection.kind}"

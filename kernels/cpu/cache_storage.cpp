@@ -5,8 +5,10 @@
 #include "cpu/bounded_cache.h"
 #include "cpu/cluster_cache.h"
 #include "cpu/dense_cache.h"
+#include "cpu/evict_cache.h"
 #include "cpu/page_cache.h"
 #include "cpu/sink_cache.h"
+#include "cpu/stride_cache.h"
 #include "cpu/voted_cache.h"
 
 namespace effc {
@@ -89,6 +91,39 @@ PageCacheSpec ReadPages(const Attributes& attributes, const AttentionForm& form)
   return spec;
 }
 
+void ReadMemory(const Attributes& attributes, SelectionSpec& spec) {
+  if (spec.block != 1) throw Error("selection 'topk' has blocks of one token");
+  spec.refresh = Between(attributes, "select_refresh", 0, kLargestSize);
+  spec.similarity = FiniteFloat(attributes, "select_similarity");
+  if (spec.similarity >= -1 && spec.similarity <= 1) return;
+  throw Error("attribute 'select_similarity' is " + std::to_string(spec.similarity) +
+              "; it must be from -1 to 1");
+}
+
+SelectionSpec ReadEvict(const Attributes& attributes, SelectionSpec spec) {
+  spec.sinks = Between(attributes, "select_sinks", 0, kLargestSize);
+  spec.recent = Between(attributes, "select_recent", 1, kLargestSize);
+  spec.block = Between(attributes, "select_block", 1, kLargestSize);
+  spec.budget = Between(attributes, "select_budget", spec.sinks + spec.recent, INT32_MAX / 2);
+  spec.pool = Between(attributes, "select_pool", 1, kMaxPage);
+  if (spec.pool % 2 == 0) {
+    throw Error("attribute 'select_pool' is " + std::to_string(spec.pool) + "; it must be odd");
+  }
+  return spec;
+}
+
+SelectionSpec ReadStride(const Attributes& attributes, SelectionSpec spec) {
+  spec.sinks = Between(attributes, "select_sinks", 0, kLargestSize);
+  spec.block = Between(attributes, "select_block", 1, kLargestSize);
+  spec.recent = Between(attributes, "select_recent", spec.block, INT32_MAX);
+  spec.stride = Between(attributes, "select_stride", 1, kLargestSize);
+  if (spec.recent % spec.block != 0) {
+    throw Error("attribute 'select_recent' is " + std::to_string(spec.recent) +
+                "; it must be a multiple of select_block, which is " + std::to_string(spec.block));
+  }
+  return spec;
+}
+
 SelectionSpec ReadSelection(const Attributes& attributes, const AttentionForm& form) {
   SelectionSpec spec;
   spec.kind = OneOf<SelectionKind>(attributes, "selection",
@@ -96,8 +131,12 @@ SelectionSpec ReadSelection(const Attributes& attributes, const AttentionForm& f
                                     {"pages", SelectionKind::kPages},
                                     {"topk", SelectionKind::kTopK},
                                     {"window", SelectionKind::kWindow},
+                                    {"evict", SelectionKind::kEvict},
+                                    {"stride", SelectionKind::kStride},
                                     {"clusters", SelectionKind::kClusters}});
   if (spec.kind == SelectionKind::kAll) return spec;
+  if (spec.kind == SelectionKind::kEvict) return ReadEvict(attributes, spec);
+  if (spec.kind == SelectionKind::kStride) return ReadStride(attributes, spec);
   if (spec.kind == SelectionKind::kWindow) {
     spec.sinks = Between(attributes, "select_sinks", 1, kBlockTokens);
     spec.positions = OneOf<FarPositions>(attributes, "select_positions",
@@ -114,9 +153,7 @@ SelectionSpec ReadSelection(const Attributes& attributes, const AttentionForm& f
   spec.sinks = Between(attributes, "select_sinks", 0, kLargestSize);
   spec.recent = Between(attributes, "select_recent", 0, kLargestSize);
   spec.block = Between(attributes, "select_block", 1, kMaxPage);
-  if (spec.kind == SelectionKind::kTopK && spec.block != 1) {
-    throw Error("selection 'topk' has blocks of one token");
-  }
+  if (spec.kind == SelectionKind::kTopK) ReadMemory(attributes, spec);
   spec.budget = Between(attributes, "select_budget", 0, INT32_MAX);
   spec.dense_below = Between(attributes, "dense_below", 0, INT32_MAX);
   spec.share = FiniteFloat(attributes, "select_share");
@@ -130,6 +167,12 @@ SelectionSpec ReadSelection(const Attributes& attributes, const AttentionForm& f
 
 std::unique_ptr<CacheStorage> ReadDense(const AttentionForm& form, int64_t ring,
                                         const SelectionSpec& selection) {
+  if (selection.kind == SelectionKind::kEvict) {
+    return std::make_unique<EvictStorage>(form, ring, selection);
+  }
+  if (selection.kind == SelectionKind::kStride) {
+    return std::make_unique<StrideStorage>(form, ring, selection);
+  }
   if (selection.kind == SelectionKind::kWindow) {
     return std::make_unique<SinkStorage>(form, ring, selection);
   }
@@ -178,7 +221,8 @@ std::unique_ptr<CacheStorage> ReadStorage(const Attributes& attributes, const At
   const SelectionSpec selection = ReadSelection(attributes, form);
   if (storage == "dense") {
     const int64_t ring = Between(attributes, "ring", 0, INT32_MAX);
-    if (ring > 0 && (form.window == 0 || ring < form.window)) {
+    const bool slots = selection.kind != SelectionKind::kEvict;  // places belong to slots
+    if (slots && ring > 0 && (form.window == 0 || ring < form.window)) {
       throw Error("attribute 'ring' is " + std::to_string(ring) +
                   "; a ring must hold the window, which is " + std::to_string(form.window) +
                   (form.window == 0 ? " (none)" : ""));

@@ -9,6 +9,7 @@
 #include "cpu/far_sinks.h"
 #include "cpu/read_log.h"
 #include "cpu/selection.h"
+#include "cpu/stride_pattern.h"
 #include "cpu/token_store.h"
 #include "cpu/token_votes.h"
 
@@ -90,12 +91,16 @@ class Attention {
     for (int64_t head = 0; head < form_.kv_heads; ++head) {
       if (reads_.chosen != nullptr && reads_.chosen->Selects(row)) {
         PlanChosen(row, head);
-      } else if (own * group_ <= kFewQueryRows) {
+      } else if (own * group_ <= kFewQueryRows && !HasPattern(row)) {
         PlanParts(row, head, first);
       } else {
         PlanTiles(row, head, first, own);
       }
     }
+  }
+
+  bool HasPattern(int64_t row) const {
+    return reads_.pattern != nullptr && reads_.pattern->Selects(row);
   }
 
   void PlanParts(int64_t row, int64_t head, int64_t first) {
@@ -338,9 +343,11 @@ class Attention {
     float* const scores = ThreadFloats(kScores, m * kScoreStride);
     float* const panels = ThreadFloats(kPanels, kLongestBlock * d);
     float* const values = ThreadFloats(kValueRows, kLongestBlock * e);
+    int64_t run_end = HasPattern(task.row) ? task.from : task.to;
     BlockPlace block{task.row, task.head, task.from, 0};
     for (; block.begin < task.to; block.begin = block.end) {
-      block.end = store_.BlockEnd(task.row, block.begin, task.to);
+      if (block.begin == run_end) run_end = EnterRun(task, run_end, m, rows);
+      block.end = store_.BlockEnd(task.row, block.begin, run_end);
       int64_t first = 0;  // rows that see some of the block; the rest would not change
       int64_t last = m;
       while (first < last && rows[first].end <= block.begin) ++first;
@@ -355,6 +362,16 @@ class Attention {
       pieces_.values(scores, kScoreStride, count, {values, Type::kFloat, e},
                      block.end - block.begin, e, sums + first * sum_stride_, sum_stride_, 0);
     }
+  }
+
+  // Lets rows see what the pattern does from `slot` on, and returns where that ends.
+  int64_t EnterRun(const Task& task, int64_t slot, int64_t m, QueryRow* rows) const {
+    const PatternRun run = reads_.pattern->Run(task.row, task.head, slot, task.to);
+    const int64_t start = tokens_.Start(task.row);
+    for (int64_t i = 0; i < m; ++i) {
+      rows[i].begin = run.fixed ? start : reads_.pattern->Near(task.row, task.begin + i / group_);
+    }
+    return run.end;
   }
 
   void Join(const Joint& joint) {
@@ -414,7 +431,7 @@ VisibleSlots Visible(const AttentionForm& form, const AttentionOperands& operand
 void Attend(const Kernels& kernels, const AttentionForm& form, const AttentionOperands& operands,
             const NewTokens& tokens, const TokenStore& store, const Reads& reads,
             const ParallelFunction& parallel, float* y, Normaliser* normalisers) {
-  LogStep(form, operands, tokens, reads);
+  if (!reads.packed) LogStep(form, operands, tokens, reads);
   Attention(kernels, form, operands, tokens, store, reads, y, normalisers).Run(parallel);
 }
 

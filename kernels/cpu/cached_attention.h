@@ -88,6 +88,7 @@ enum ThreadBuffer {
   kPageScratch,
   kPageQueries,
   kFarQueries,
+  kVotes,
   kPartScores,
   kTokenShares,
   kThreadBuffers  // how many
@@ -152,6 +153,7 @@ struct Normaliser {
 
 class ChosenSlots;
 class FarSinks;
+class StridePattern;
 struct TokenShares;
 
 // Where a step does not read just the slots it sees: what it reads instead, and what besides.
@@ -159,6 +161,8 @@ struct Reads {
   const ChosenSlots* chosen = nullptr;
   const FarSinks* sinks = nullptr;
   const TokenShares* shares = nullptr;  // of each row: of what is chosen, what is known already
+  const StridePattern* pattern = nullptr;
+  bool packed = false;  // whether slots are not those of the text, so that the caller logs reads
 };
 
 // Computes y [B, S, H * E], and the normalisers [B, K, S, G] unless null. Throws Error when a

@@ -40,6 +40,13 @@ std::vector<LoggedRead> LoggedReads() {
 LoggedNode::LoggedNode(const std::string& name) { node = &name; }
 LoggedNode::~LoggedNode() { node = nullptr; }
 
+bool LogsReads() { return logging; }
+
+void LogRead(int64_t row, int64_t head, int64_t tokens, std::vector<SlotRun> runs) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  log.push_back({node == nullptr ? "" : *node, row, head, tokens, std::move(runs)});
+}
+
 void LogStep(const AttentionForm& form, const AttentionOperands& operands, const NewTokens& tokens,
              const Reads& reads) {
   if (!logging || operands.seq != 1) return;
@@ -47,11 +54,9 @@ void LogStep(const AttentionForm& form, const AttentionOperands& operands, const
     const int64_t start = tokens.Start(row);
     if (start >= operands.total) continue;
     for (int64_t head = 0; head < form.kv_heads; ++head) {
-      LoggedRead read{node == nullptr ? "" : *node, row, head, operands.total - start,
-                      RunsOf(form, operands, reads, row, head, start)};
-      for (SlotRun& run : read.runs) run = {run.begin - start, run.end - start};
-      const std::lock_guard<std::mutex> lock(mutex);
-      log.push_back(std::move(read));
+      std::vector<SlotRun> runs = RunsOf(form, operands, reads, row, head, start);
+      for (SlotRun& run : runs) run = {run.begin - start, run.end - start};
+      LogRead(row, head, operands.total - start, std::move(runs));
     }
   }
 }

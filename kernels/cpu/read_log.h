@@ -30,6 +30,11 @@ class LoggedNode {
   LoggedNode& operator=(const LoggedNode&) = delete;
 };
 
+// Adds what a row and key head read while the log is on; runs are counted from the row's first
+// token.
+bool LogsReads();
+void LogRead(int64_t row, int64_t head, int64_t tokens, std::vector<SlotRun> runs);
+
 // Adds a step while the log is on. `reads` is what Attend() got.
 void LogStep(const AttentionForm& form, const AttentionOperands& operands, const NewTokens& tokens,
              const Reads& reads);

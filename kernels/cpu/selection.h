@@ -11,7 +11,7 @@
 
 namespace effc {
 
-enum class SelectionKind : int32_t { kAll, kPages, kTopK, kWindow, kClusters };
+enum class SelectionKind : int32_t { kAll, kPages, kTopK, kWindow, kEvict, kStride, kClusters };
 
 // How far sinks are from a query that reads them beyond its window.
 enum class FarPositions : int32_t {
@@ -22,8 +22,10 @@ enum class FarPositions : int32_t {
 
 // The attributes of a selection. kPages: a row's tokens before a step are `sinks` first ones, whole
 // blocks, and at least `recent` last ones; a step chooses among the blocks. kTopK: the same with
-// blocks of one token. kWindow: `sinks` first ones are read besides the window. kClusters: the
-// queries of the `recent` last tokens are kept.
+// blocks of one token. kWindow: `sinks` first ones are read besides the window. kEvict: the cache
+// keeps `budget` tokens, `sinks` first and `recent` last ones among them, and loses `block` tokens
+// when it is full. kStride: `sinks` first tokens, `recent` last ones in whole blocks, and every
+// `stride`-th block are read. kClusters: the queries of the `recent` last tokens are kept.
 struct SelectionSpec {
   SelectionKind kind = SelectionKind::kAll;
   int64_t sinks = 0;
@@ -32,11 +34,17 @@ struct SelectionSpec {
   int64_t budget = 0;       // tokens chosen, at least
   float share = 0;          // of the blocks chosen, at least
   int64_t dense_below = 0;  // with fewer tokens everything is read
+  int64_t refresh = 0;      // kTopK: a choice serves fewer steps than this; 0: one
+  float similarity = 1;     // kTopK: and queries whose cosine with its own is at least this
   FarPositions positions = FarPositions::kKeep;
+  int64_t stride = 1;  // kStride: blocks
+  int64_t pool = 1;    // kEvict: tokens over which votes are averaged, odd
   // Blocks to choose from, of a row with this many tokens before the step.
   int64_t Blocks(int64_t tokens) const {
     return std::max<int64_t>(0, tokens - sinks - recent) / block;
   }
+  // kEvict: tokens a cache has room for.
+  int64_t places() const { return budget + block; }
   int64_t Wanted(int64_t blocks) const {
     const auto shared = static_cast<int64_t>(std::ceil(static_cast<double>(share) * blocks));
     return std::max({int64_t{1}, budget / block, shared});

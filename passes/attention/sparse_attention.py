@@ -27,7 +27,10 @@ LIMITS = {
     "block": (1, 256),
     "sinks": (0, 1024),
     "recent": (0, 2**20),
+    "pool": (1, 255),
+    "stride": (1, 2**20),
     "dense_below": (0, 2**31 - 1),
+    "refresh": (0, 2**20),
     "first": (0, 10**6),
     "last": (0, 10**6),
 }
@@ -43,7 +46,10 @@ class SparseAttention(Pass):
     Nothing is dropped: every token stays in the cache, at its position, and may be read by a later step; prompts are
     read in full. `topk`: the same with single tokens; all keys are read, and the values of those that matter. `window`:
     every token reads the last ones and the first ones only, so that memory and time stay constant however long the text
-    gets; what leaves the window is gone. `docs/sparse-attention.md` has what each costs and saves.
+    gets; what leaves the window is gone. `evict`: the cache has room for a constant number of tokens; when it is full,
+    those that the last queries attend to stay and the others are gone; a prompt that is read in one step is read in
+    full. `stride`: every token, of prompts too, reads a fixed pattern of blocks; it is meant for models that were
+    trained with it. `docs/sparse-attention.md` has what each costs and saves.
 
     Before:
 
@@ -62,20 +68,33 @@ class SparseAttention(Pass):
     Attributes:
         scheme: `pages`: blocks of tokens by the least and the largest element of every key channel (Quest). `topk`:
             single tokens by the attention of all heads together (TokenSelect). `window`: the last tokens in a ring and
-            the first ones (StreamingLLM, LM-Infinite). `clusters`: of a prefix made with `effc prefix`, the clusters of
-            keys that matter to a query (Squeezed Attention).
+            the first ones (StreamingLLM, LM-Infinite). `evict`: those that the last queries attend to, the others
+            dropped (SnapKV). `stride`: the last blocks and one in so many of those before (LongGen). `clusters`: of a
+            prefix made with `effc prefix`, the clusters of keys that matter to a query (Squeezed Attention).
         budget: `pages`: tokens in blocks that a step reads, `topk`: tokens that it reads the values of, at least; None:
-            1024, and 0 with `share`.
+            1024, and 0 with `share`. `evict`: tokens that stay when the cache is full, sinks and recent ones included;
+            None: 2048.
         share: `pages`, `topk`: share of the blocks or tokens that a step reads, at least.
-        block: `pages`: tokens of a block of a dense cache; None: 16. A coded cache has its pages.
+        block: `pages`: tokens of a block of a dense cache; None: 16. A coded cache has its pages. `evict`: tokens
+            beyond the budget that a full cache has and loses then; None: one in 16 of the budget, at most 256.
+            `stride`: tokens of a block; None: 64.
         sinks: Tokens at the start that every step reads; None: 4, or as the coded cache keeps them.
         recent: Tokens at the end that every step reads: with `pages` at least so many, None: 32, or as the coded cache
             keeps them; with `topk` exactly so many, None: 32; with `window` too, the new one included, None: 1024; with
-            `clusters` those of a prefix whose queries set its thresholds, None: 100.
+            `evict` those whose queries choose what stays, None: 32; with `stride` those of the near blocks, that of the
+            new token included, None: 512; with `clusters` those of a prefix whose queries set its thresholds, None:
+            100.
         positions: `window`: how far the sinks are from a query that reads them beyond its window. `compact`: as if they
             came right before the window (StreamingLLM). `cap`: as far as the window is long (LM-Infinite). `keep`: as
             far as they are, which a model knows only up to the length it was trained on. None: `compact`.
+        pool: `evict`: tokens over which the attention is averaged before the best ones are chosen, odd; None: 5.
+        pyramid: `evict`: budgets that fall from layer to layer, `budget` on average (PyramidKV); None: all alike.
+        stride: `stride`: of the blocks that are not near, one in so many is read; None: 16.
+        middle: `stride`: whether the middle third of the layers reads the pattern, too; None: it reads everything.
         dense_below: `pages`, `topk`: with fewer cached tokens than this, everything is read.
+        refresh: `topk`: most steps that one choice of tokens serves, over a dense cache; None: 1.
+        similarity: `topk` with `refresh`: cosine of a query with the one that chose, from which on the choice serves
+            it; None: 0.9.
         first: Layers at the start that are left alone; None: 2 with `pages` and `topk`, since attention is spread most
             widely there, else 0.
         last: Layers at the end that are left alone.
@@ -84,14 +103,20 @@ class SparseAttention(Pass):
 
     name: ClassVar[str] = "sparse-attention"
     contract: ClassVar[Contract] = Contract.APPROXIMATE
-    scheme: Literal["pages", "topk", "window", "clusters"] = "pages"
+    scheme: Literal["pages", "topk", "window", "evict", "stride", "clusters"] = "pages"
     budget: int | None = field(default=None, metadata={"range": "0 or more"})
     share: float | None = field(default=None, metadata={"range": "above 0, to 1"})
     block: int | None = field(default=None, metadata={"range": "1 to 256"})
     sinks: int | None = field(default=None, metadata={"range": "0 to 1024; window: 1 to 128"})
     recent: int | None = field(default=None, metadata={"range": "0 to 1048576"})
     positions: Literal["compact", "cap", "keep"] | None = None
+    pool: int | None = field(default=None, metadata={"range": "1 to 255, odd"})
+    pyramid: bool | None = None
+    stride: int | None = field(default=None, metadata={"range": "1 to 1048576"})
+    middle: bool | None = None
     dense_below: int | None = field(default=None, metadata={"range": "0 or more"})
+    refresh: int | None = field(default=None, metadata={"range": "0 or more"})
+    similarity: float | None = field(default=None, metadata={"range": "-1 to 1"})
     first: int | None = field(default=None, metadata={"range": "0 or more"})
     last: int = field(default=0, metadata={"range": "0 or more"})
     skip: tuple[str, ...] = ()
@@ -103,6 +128,8 @@ class SparseAttention(Pass):
                 raise UsageError(f"{name.replace('_', '-')} is {value}, it must be from {low} to {high}.")
         if self.share is not None and not 0 < self.share <= 1:
             raise UsageError(f"share is {self.share}, it must be above 0 and at most 1.")
+        if self.similarity is not None and not -1 <= self.similarity <= 1:
+            raise UsageError(f"similarity is {self.similarity}, it must be from -1 to 1.")
         self._scheme()
 
     def _scheme(self) -> SelectionScheme:
@@ -126,7 +153,8 @@ class SparseAttention(Pass):
         attentions = cached_attention_sites(program.graph)
         angles, scheme = FarAngles(program.graph), self._scheme()
         for index, attention in enumerate(attentions):
-            change = scheme.change(attention)
+            layer = scheme.for_layer(index, len(attentions))
+            change = None if layer is None else layer.change(attention)
             reason = self._skipped(attention, index, len(attentions)) or self._reason(attention, change, angles)
             if reason:
                 left.append(LeftAlone(attention.name, reason))
@@ -157,8 +185,10 @@ class SparseAttention(Pass):
         first = SCHEMES[self.scheme].first if self.first is None else self.first
         return "skipped by the options `first` and `last`" if index < first or index >= count - self.last else ""
 
-    def _reason(self, site: CachedAttentionSite, change: Change, angles: FarAngles) -> str:
+    def _reason(self, site: CachedAttentionSite, change: Change | None, angles: FarAngles) -> str:
         """Why a layer is left alone; empty when it is not."""
+        if change is None:
+            return "it is in the middle third of the layers, which read everything"
         if not isinstance(site.selection, AllTokens):
             return f"it has selection={site.selection.kind} already"
         if site.node.inputs[4] is not None:

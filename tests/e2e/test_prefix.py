@@ -54,6 +54,7 @@ FORMS = (
     Form("sparse-attention{budget=32,block=8,first=0}"),
     Form(f"kv-cache{{scheme=int4,{SMALL}}},sparse-attention{{budget=32,first=0}}"),
     Form("kv-cache{scheme=dense},sparse-attention{budget=32,first=0}", "window"),
+    Form("kv-cache{scheme=dense},sparse-attention{scheme=evict,budget=32,recent=8}"),
     Form("kv-cache{scheme=int8,native=true}", calibrate=True),
     Form("kv-cache{scheme=int4,native=true}", calibrate=True),
     Form("kv-cache{scheme=int8,native=true}", portable=True, calibrate=True),

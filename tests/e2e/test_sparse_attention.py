@@ -72,6 +72,10 @@ def dense(model: Path, tmp_path_factory: pytest.TempPathFactory, ids: np.ndarray
         ("sparse-attention{scheme=window,recent=200}", 1e-5),
         ("sparse-attention{scheme=window,recent=64}", 0.5),
         ("stored-weights{min-bytes=0},sparse-attention{scheme=window,recent=64,positions=cap}", 0.5),
+        ("sparse-attention{scheme=evict,budget=150}", 1e-5),
+        ("kv-cache{scheme=dense},sparse-attention{scheme=evict,budget=64,recent=16}", 0.3),
+        ("sparse-attention{scheme=stride,recent=192}", 1e-5),
+        ("sparse-attention{scheme=stride,recent=32,block=16,stride=3}", 0.3),
     ],
 )
 def test_close_to_dense(
@@ -83,7 +87,14 @@ def test_close_to_dense(
     assert (error > 1e-6) == (tolerance > 1e-5)
 
 
-@pytest.mark.parametrize("passes", ["sparse-attention{first=0,share=0.5}", "sparse-attention{scheme=window,recent=40}"])
+@pytest.mark.parametrize(
+    "passes",
+    [
+        "sparse-attention{scheme=stride,recent=32,block=16}",
+        "sparse-attention{first=0,share=0.5}",
+        "sparse-attention{scheme=window,recent=40}",
+    ],
+)
 def test_portable_engines_compute_the_same(model: Path, ids: np.ndarray, tmp_path: Path, passes: str) -> None:
     native, portable = (build(model, tmp_path / str(one), passes, portable=one) for one in (False, True))
     np.testing.assert_allclose(logits(portable, ids, 100), logits(native, ids, 100), atol=2e-4)
@@ -105,6 +116,21 @@ def test_an_endless_engine(model: Path, tmp_path: Path, positions: str) -> None:
     np.testing.assert_allclose(late[600:650], late[900:950], atol=2e-3)
 
 
+def test_a_cache_of_constant_size(model: Path, tmp_path: Path) -> None:
+    """Rows of different lengths, with padding, get what they get alone; the limit of the model stays."""
+    engine = build(model, tmp_path / "engine", "sparse-attention{scheme=evict,budget=40,recent=8,block=8}")
+    layout = engine.manifest.cache
+    assert layout is not None
+    assert token_limit(engine.manifest) == LIMIT
+    sizes = {sum(cache_bytes(layout, length).values()) for length in (1, 100, 100_000)}
+    assert sizes == {3 * 2 * (48 * (2 * 16 * 4 + 4) + 8 * 2 * 16 * 4)} == {3 * layout.layers[0]["bytes"]}
+    prompts = [list(range(1, 90)), [5, 6, 7], list(range(20, 60))]
+    together = engine.generate(prompts, max_new_tokens=60)
+    assert [len(one.token_ids) for one in together] == [60] * 3
+    for prompt, one in zip(prompts, together, strict=True):
+        assert engine.generate([prompt], max_new_tokens=60)[0].token_ids == one.token_ids
+
+
 def test_a_window_at_its_own_positions_is_not_endless(model: Path, tmp_path: Path) -> None:
     engine = build(model, tmp_path / "engine", "sparse-attention{scheme=window,recent=32,positions=keep}")
     assert token_limit(engine.manifest) == LIMIT
@@ -117,9 +143,18 @@ def test_a_budget_that_is_broken(model: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "engine").exists()
 
 
-@pytest.mark.parametrize("scheme", ["pages", "topk", "window"])
+READING = {
+    "pages": "share=0.25,recent=8",
+    "topk": "share=0.25,recent=8",
+    "window": "recent=48",
+    "evict": "budget=40,recent=8",
+    "stride": "recent=16,block=8,stride=4,middle=true",
+}
+
+
+@pytest.mark.parametrize("scheme", READING)
 def test_what_decoding_reads_is_told(model: Path, tmp_path: Path, scheme: str) -> None:
-    options = {"pages": "share=0.25,recent=8", "topk": "share=0.25,recent=8", "window": "recent=48"}[scheme]
+    options = READING[scheme]
     first = 0 if scheme == "window" else 1
     engine = build(model, tmp_path / "engine", f"sparse-attention{{scheme={scheme},first={first},{options}}}")
     found = measure_reads(engine, list(range(5, 45)) * 3, steps=20)
@@ -138,7 +173,7 @@ def test_what_decoding_reads_is_told(model: Path, tmp_path: Path, scheme: str) -
 
 
 def test_reads_are_known_of_our_kernels_only(model: Path, tmp_path: Path) -> None:
-    plain = build(model, tmp_path / "engine", "")
+    plain = build(model, tmp_path / "engine", "", portable=True)
     with pytest.raises(UsageError, match="onnxruntime's own operators"):
         measure_reads(plain, list(range(90)))
     with pytest.raises(UsageError, match="has 20 tokens, more than 32"):

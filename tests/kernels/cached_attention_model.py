@@ -20,6 +20,7 @@ TYPES = {
     np.dtype(np.float16): TensorProto.FLOAT16,
     np.dtype(ml_dtypes.bfloat16): TensorProto.BFLOAT16,
     np.dtype(np.uint8): TensorProto.UINT8,
+    np.dtype(np.int32): TensorProto.INT32,
     np.dtype(np.bool_): TensorProto.BOOL,
 }
 ALL_TOKENS: dict[str, object] = {
@@ -31,6 +32,10 @@ ALL_TOKENS: dict[str, object] = {
     "select_share": 0.0,
     "dense_below": 0,
     "select_positions": "none",
+    "select_pool": 0,
+    "select_stride": 0,
+    "select_refresh": 0,
+    "select_similarity": 0.0,
 }
 DENSE: dict[str, object] = ALL_TOKENS | {
     "storage": "dense",
@@ -126,13 +131,10 @@ def open_model(
     given = [helper.make_tensor_value_info(name, *shapes[name]) for name in inputs if name]
     results = [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", "seq", form.heads * form.value_size])]
     for i, tensor in enumerate(past):
-        heads, rest = tensor.shape[1], list(tensor.shape[3:])
-        given.append(
-            helper.make_tensor_value_info(f"past{i}", TYPES[tensor.dtype], ["batch4", heads, f"old{i}", *rest])
-        )
-        results.append(
-            helper.make_tensor_value_info(f"present{i}", TYPES[tensor.dtype], ["batch4", heads, f"new{i}", *rest])
-        )
+        heads = [tensor.shape[1]] if tensor.ndim > 2 else []
+        for to, word in ((given, "past"), (results, "present")):
+            axes = ["batch4", *heads, f"{word}_size{i}", *tensor.shape[3:]]
+            to.append(helper.make_tensor_value_info(f"{word}{i}", TYPES[tensor.dtype], axes))
     imports = [helper.make_opsetid("", 24), helper.make_opsetid("effc", 1)]
     tensors = [onnx_ir.to_proto(onnx_ir.tensor(array, name=name)) for name, array in (constants or {}).items()]
     graph = helper.make_graph([node], "test", given, results, tensors)

@@ -20,9 +20,11 @@ class TokenSelection(ABC):
 
     Class attributes:
         kind: Value of the attribute `selection`.
+        keeps_slots: Whether a ring has slot j at place j mod r, so that it must hold a window.
     """
 
     kind: ClassVar[str]
+    keeps_slots: ClassVar[bool] = True
 
     @classmethod
     @abstractmethod

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from effc.passes.attention.selection_schemes.base import Change, SelectionScheme
 from effc.passes.attention.selection_schemes.clusters import ClustersScheme
+from effc.passes.attention.selection_schemes.evict import EvictScheme
 from effc.passes.attention.selection_schemes.pages import PagesScheme
+from effc.passes.attention.selection_schemes.stride import StrideScheme
 from effc.passes.attention.selection_schemes.topk import TopKScheme
 from effc.passes.attention.selection_schemes.window import WindowScheme
 
@@ -12,6 +14,8 @@ SCHEMES: dict[str, type[SelectionScheme]] = {
     "pages": PagesScheme,
     "topk": TopKScheme,
     "window": WindowScheme,
+    "evict": EvictScheme,
+    "stride": StrideScheme,
     "clusters": ClustersScheme,
 }
 """Option `scheme` of the pass -> its class."""

@@ -37,6 +37,10 @@ class SelectionScheme(ABC):
         """Whether the op must rotate queries and keys itself."""
         return False
 
+    def for_layer(self, index: int, layers: int) -> SelectionScheme | None:
+        """What it is in one layer of so many; None: it leaves the layer alone."""
+        return self
+
     @abstractmethod
     def change(self, site: CachedAttentionSite) -> Change:
         """What a layer would become."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,14 @@ from effc.errors import InputError, UsageError
 from effc.ir.analysis.cached_attention import cached_attention_sites
 from effc.ir.dialect.cached_attention import constant_values
 from effc.ir.dialect.inline import inline_dialect
-from effc.ir.dialect.selections import AllTokens, PageSelection, TopKSelection, WindowSelection
+from effc.ir.dialect.selections import (
+    AllTokens,
+    EvictSelection,
+    PageSelection,
+    StrideSelection,
+    TopKSelection,
+    WindowSelection,
+)
 from effc.ir.program import Program
 from effc.passes.attention.cached_attention import CachedAttention
 from effc.passes.attention.kv_cache import KvCache
@@ -53,6 +61,20 @@ def test_single_tokens_need_nothing() -> None:
     (site,) = cached_attention_sites(changed(coded, sparse(scheme="topk")).graph)
     assert site.selection == TopKSelection(site.storage.sinks, site.storage.recent, 32)  # type: ignore[attr-defined]
     assert "other sinks" in reasons(coded, sparse(scheme="topk", recent=64))[0]
+
+
+def test_a_choice_that_serves_again() -> None:
+    """The op sees queries before they are rotated, and carries what it chose."""
+    options = sparse(scheme="topk", refresh=8)
+    assert options.requires() == (CachedAttention(rotary="inside"),)
+    result = changed(decoder(rotary=True), options)
+    names = [value.name for value in result.graph.inputs][-3:]
+    assert names == [f"past_key_values.0.{name}" for name in ("chosen", "voter", "age")]
+    (site,) = cached_attention_sites(result.graph)
+    assert site.selection == TopKSelection(budget=32, refresh=8, similarity=float(np.float32(0.9)))
+    assert "read by whole pages" in reasons(changed(decoder(), KvCache("int8")), options)[0]
+    with pytest.raises(InputError, match="selection=topk has no body"):
+        inline_dialect(result.model)
 
 
 @pytest.mark.parametrize("scheme", ["int8", "int4", "kivi", "zipcache"])
@@ -106,10 +128,20 @@ def test_figures_of_the_report() -> None:
         ({"dense_below": -1}, "dense-below is -1"),
         ({"positions": "cap"}, "scheme=pages has no positions"),
         ({"scheme": "topk", "block": 5}, "scheme=topk has no block"),
+        ({"scheme": "topk", "refresh": -1}, "refresh is -1"),
+        ({"scheme": "topk", "similarity": 1.5}, "similarity is 1.5"),
         ({"scheme": "window", "budget": 5}, "scheme=window has no budget"),
         ({"scheme": "window", "recent": 0}, "recent is 0"),
         ({"scheme": "window", "sinks": 0}, "sinks is 0"),
         ({"scheme": "window", "sinks": 129}, "sinks is 129"),
+        ({"pool": 5}, "scheme=pages has no pool"),
+        ({"scheme": "stride", "recent": 100}, "recent is 100, it must be a multiple of block, which is 64"),
+        ({"scheme": "stride", "budget": 100}, "scheme=stride has no budget"),
+        ({"scheme": "evict", "share": 0.5}, "scheme=evict has no share"),
+        ({"scheme": "evict", "budget": 35}, "budget is 35, it must be from sinks \\+ recent = 36"),
+        ({"scheme": "evict", "recent": 0}, "recent is 0"),
+        ({"scheme": "evict", "pool": 4}, "pool is 4, it must be odd"),
+        ({"scheme": "evict", "pyramid": True, "budget": 111}, "at least recent \\+ 20 \\* sinks = 112"),
     ],
     ids=str,
 )
@@ -120,7 +152,12 @@ def test_options_outside_their_ranges(options: dict[str, Any], message: str) -> 
 
 @pytest.mark.parametrize(
     "one",
-    [SparseAttention(budget=512, block=32, skip=("*0", "*1")), SparseAttention("window", recent=9, positions="cap")],
+    [
+        SparseAttention(budget=512, block=32, skip=("*0", "*1")),
+        SparseAttention("window", recent=9, positions="cap"),
+        SparseAttention("evict", budget=300, pool=7, pyramid=True),
+        SparseAttention("stride", recent=128, stride=8, middle=True),
+    ],
 )
 def test_pipeline_text(one: SparseAttention) -> None:
     assert parse_pipeline(format_pipeline([one])) == (one,)
@@ -189,6 +226,84 @@ def test_a_window_longer_than_the_text_is_dense() -> None:
     program = decoder(rotary=True)
     found = run_steps(changed(program, SparseAttention("window", recent=400)), WINDOW_STEPS)
     np.testing.assert_allclose(found, run_steps(program, WINDOW_STEPS), atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_cache_that_evicts(dtype: str) -> None:
+    options = SparseAttention("evict", budget=40, recent=8, block=8)
+    stored = changed(decoder(2, rotary=True), KvCache("dense", dtype=dtype))  # type: ignore[arg-type]
+    program = changed(stored, options)
+    (site, _) = cached_attention_sites(program.graph)
+    assert site.selection == EvictSelection(40, sinks=4, recent=8, block=8, pool=5)
+    shapes = {str(past.name): (past.dtype, [str(axis) for axis in past.shape]) for past, _ in program.cache_pairs()}
+    tokens = site.storage.dtype  # type: ignore[attr-defined]
+    assert {name: shapes[name] for name in shapes if ".0." in name} == {
+        "past_key_values.0.key": (tokens, ["batch", "2", "48", "32"]),
+        "past_key_values.0.value": (tokens, ["batch", "2", "48", "32"]),
+        "past_key_values.0.token": (ir.DataType.INT32, ["batch", "2", "48"]),
+        "past_key_values.0.query": (ir.DataType.FLOAT, ["batch", "2", "8", "64"]),
+    }
+    found, dense = run_steps(program, WINDOW_STEPS), run_steps(stored, WINDOW_STEPS)
+    np.testing.assert_allclose(found[:, :93], dense[:, :93], atol=1e-6)
+    assert np.abs(found - dense)[:, 93:].max() > 0.05
+    roomy = changed(stored, SparseAttention("evict", budget=300))
+    assert np.array_equal(run_steps(roomy, WINDOW_STEPS), dense)
+    with pytest.raises(InputError, match="selection=evict has no body"):
+        inline_dialect(program.model)
+
+
+def test_a_pyramid_of_budgets() -> None:
+    """The layers that PyramidKV has with 32 layers, 2048 tokens and a window of 32."""
+    program = decoder(32)
+    options = SparseAttention("evict", pyramid=True)
+    report = options.apply(program, options.match(program).sites)
+    budgets = [layer["select_budget"] for layer in report.details["selection"]]
+    assert (budgets[0], budgets[-1]) == (3932 + 32, 119 + 32)
+    assert {a - b for a, b in pairwise(budgets)} == {123}
+    reads = report.details["selection"][31]["reads"]
+    assert reads == dict.fromkeys(("2048", "8192", "32768"), 151 + 9)
+    (single,) = cached_attention_sites(changed(decoder(), options).graph)
+    assert single.selection == EvictSelection()
+
+
+def test_caches_that_cannot_evict() -> None:
+    evict = SparseAttention("evict")
+    assert "which keeps every token" in reasons(changed(decoder(), KvCache("int8")), evict)[0]
+    assert reasons(decoder(windows=(150,)), evict) == ["its window of 150 tokens bounds what it reads"]
+    assert "numbers added to the scores" in reasons(decoder(bias=True), evict)[0]
+    assert reasons(changed(decoder(), evict), evict) == ["it has selection=evict already"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("options", [{}, {"sinks": 0, "block": 1, "recent": 5}, {"stride": 2, "sinks": 40}], ids=str)
+def test_a_pattern_in_the_kernel_and_in_its_body(options: dict[str, Any], dtype: str) -> None:
+    stride = SparseAttention("stride", **{"block": 8, "recent": 24, "stride": 3, **options})
+    stored = changed(decoder(2, rotary=True), KvCache("dense", dtype=dtype))  # type: ignore[arg-type]
+    program = changed(stored, stride)
+    assert [v.name for v in program.graph.inputs] == [v.name for v in stored.graph.inputs]
+    body = program.clone()
+    inline_dialect(body.model)
+    found, expected = run_steps(program, WINDOW_STEPS), run_steps(body, WINDOW_STEPS)
+    seen = np.ones(found.shape[:2], bool)
+    seen[1, :7] = False
+    np.testing.assert_allclose(found[seen], expected[seen], atol=1e-5)
+    assert np.abs(found - run_steps(stored, WINDOW_STEPS))[seen].max() > 0.05
+
+
+def test_the_middle_third_reads_everything() -> None:
+    for layers, chosen in ((1, [0]), (2, [0, 1]), (3, [0, 2]), (7, [0, 1, 5, 6])):
+        match = SparseAttention("stride").match(decoder(layers))
+        assert [site.payload[0].node.name for site in match.sites] == [f"layers.{i}.attention" for i in chosen]
+        assert {item.reason for item in match.left} <= {
+            "it is in the middle third of the layers, which read everything"
+        }
+    assert len(SparseAttention("stride", middle=True).match(decoder(7)).sites) == 7
+
+
+def test_reads_of_a_pattern() -> None:
+    selection = StrideSelection(sinks=4, recent=512, block=64, stride=16)
+    assert [selection.read_at(tokens) for tokens in (0, 100, 512, 513, 576)] == [0, 100, 512, 513, 512]
+    assert selection.read_at(32768) == 32 * 64 + 7 * 64
 
 
 def test_windows_that_there_cannot_be() -> None:
