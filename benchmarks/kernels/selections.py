@@ -36,7 +36,13 @@ def selected(variant: Variant, selection: str, budget: int) -> Variant:
         (variant.attributes[name] for name in ("sinks", "recent", "page")) if paged else (SINKS, RECENT, BLOCK)
     )
     block = 1 if selection == "topk" else block
-    attributes = {"selection": selection, "select_sinks": sinks, "select_recent": recent, "select_block": block}
+    attributes = {
+        "selection": selection,
+        "select_sinks": sinks,
+        "select_recent": recent,
+        "select_block": block,
+        "select_reach": 0.6,
+    }
     return replace(variant, attributes=variant.attributes | attributes | {"select_budget": budget})
 
 

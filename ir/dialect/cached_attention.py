@@ -54,6 +54,7 @@ NO_SELECTION: dict[str, int | float | str] = {
     "dense_below": 0,
     "select_refresh": 0,
     "select_similarity": 0.0,
+    "select_reach": 0.0,
     "select_positions": "none",
     "select_pool": 0,
     "select_stride": 0,

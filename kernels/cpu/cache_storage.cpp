@@ -147,6 +147,11 @@ SelectionSpec ReadSelection(const Attributes& attributes, const AttentionForm& f
   spec.recent = Between(attributes, "select_recent", 0, kLargestSize);
   spec.block = Between(attributes, "select_block", 1, kMaxPage);
   if (spec.kind == SelectionKind::kTopK) ReadMemory(attributes, spec);
+  spec.reach = FiniteFloat(attributes, "select_reach");
+  if (spec.reach < 0 || spec.reach > 1) {
+    throw Error("attribute 'select_reach' is " + std::to_string(spec.reach) +
+                "; it must be from 0 to 1");
+  }
   spec.budget = Between(attributes, "select_budget", 0, INT32_MAX);
   spec.dense_below = Between(attributes, "dense_below", 0, INT32_MAX);
   spec.share = FiniteFloat(attributes, "select_share");

@@ -87,6 +87,8 @@ class SparseAttention(Pass):
         stride: `stride`: of the blocks that are not near, one in so many is read; None: 16.
         middle: `stride`: whether the middle third of the layers reads the pattern, too; None: it reads everything.
         dense_below: `pages`, `topk`: with fewer cached tokens than this, everything is read.
+        reach: `pages`: what ranks a block, from 0, the score of the middle of its bounds, to 1, the largest score that they
+            allow (Quest); None: 0.6, which is better than either.
         refresh: `topk`: most steps that one choice of tokens serves, over a dense cache; None: 1.
         similarity: `topk` with `refresh`: cosine of a query with the one that chose, from which on the choice serves
             it; None: 0.9.
@@ -110,6 +112,7 @@ class SparseAttention(Pass):
     stride: int | None = field(default=None, metadata={"range": "1 to 1048576"})
     middle: bool | None = None
     dense_below: int | None = field(default=None, metadata={"range": "0 or more"})
+    reach: float | None = field(default=None, metadata={"range": "0 to 1"})
     refresh: int | None = field(default=None, metadata={"range": "0 or more"})
     similarity: float | None = field(default=None, metadata={"range": "-1 to 1"})
     first: int | None = field(default=None, metadata={"range": "0 or more"})
@@ -123,6 +126,8 @@ class SparseAttention(Pass):
                 raise UsageError(f"{name.replace('_', '-')} is {value}, it must be from {low} to {high}.")
         if self.share is not None and not 0 < self.share <= 1:
             raise UsageError(f"share is {self.share}, it must be above 0 and at most 1.")
+        if self.reach is not None and not 0 <= self.reach <= 1:
+            raise UsageError(f"reach is {self.reach}, it must be from 0 to 1.")
         if self.similarity is not None and not -1 <= self.similarity <= 1:
             raise UsageError(f"similarity is {self.similarity}, it must be from -1 to 1.")
         self._scheme()
