@@ -4,9 +4,9 @@ Run: `python benchmarks/selection_quality.py MODEL [--cache-pass "kv-cache{schem
 [--samples 2] [--tokens 4096] [--folder DIR] PASS ...`
 
 Each PASS is the text of a pass such as `sparse-attention{share=0.25}`. Engines are made in DIR (kept, and used again).
-Prompts are those of `effc verify --passkey`, their last 16 tokens and the answer read one by one; engines whose caches have
-the same tensors share one reading of a prompt. Perplexity is of Python's help topics, read token by token after the first
-256, as decoding does.
+Prompts are those of `effc verify --passkey`, their last 16 tokens and the answer read one by one; engines whose caches
+have the same tensors share one reading of a prompt. Perplexity is of Python's help topics, read token by token after
+the first 256, as decoding does.
 """
 
 from __future__ import annotations

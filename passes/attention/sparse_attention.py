@@ -87,8 +87,8 @@ class SparseAttention(Pass):
         stride: `stride`: of the blocks that are not near, one in so many is read; None: 16.
         middle: `stride`: whether the middle third of the layers reads the pattern, too; None: it reads everything.
         dense_below: `pages`, `topk`: with fewer cached tokens than this, everything is read.
-        reach: `pages`: what ranks a block, from 0, the score of the middle of its bounds, to 1, the largest score that they
-            allow (Quest); None: 0.6, which is better than either.
+        reach: `pages`: what ranks a block, from 0, the score of the middle of its bounds, to 1, the largest score that
+            they allow (Quest); None: 0.6, which is better than either.
         refresh: `topk`: most steps that one choice of tokens serves, over a dense cache; None: 1.
         similarity: `topk` with `refresh`: cosine of a query with the one that chose, from which on the choice serves
             it; None: 0.9.

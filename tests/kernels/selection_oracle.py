@@ -82,7 +82,8 @@ def chosen_blocks(form: Form, selection: Selection, queries: np.ndarray, bounds:
         queries: [G, D], rotated.
         bounds: Of each block, [any, 2 * D].
     """
-    most = np.array([[block_scores(q, one, float(np.float32(selection.reach))).max() for one in bounds] for q in queries]) * form.scale
+    reach = float(np.float32(selection.reach))
+    most = np.array([[block_scores(q, one, reach).max() for one in bounds] for q in queries]) * form.scale
     top = most.max(axis=1, keepdims=True)
     ranks = (most - top - np.log(np.exp(most - top).sum(axis=1, keepdims=True))).max(axis=0)
     order = np.lexsort((np.arange(len(bounds)), -ranks))

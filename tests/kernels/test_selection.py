@@ -26,12 +26,13 @@ from selected_cache import (
 from selection_oracle import Selection
 
 KINDS = ("pages", "topk")
+OPTIONS = [{"budget": 64}, {"share": 0.25, "reach": 1.0}, {"share": 0.1, "dense_below": 250}]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", FORMS)
 @pytest.mark.parametrize("storage", STORAGES)
-@pytest.mark.parametrize("options", [{"budget": 64}, {"share": 0.25, "reach": 1.0}, {"share": 0.1, "dense_below": 250}], ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_matches_float64(kind: str, name: str, storage: str, options: dict[str, float], isa: str) -> None:
     form, selection = form_for(name, storage), selection_for(kind, storage, **options)
     feeds = tokens_of(form)

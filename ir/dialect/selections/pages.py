@@ -25,8 +25,8 @@ class PageSelection(TokenSelection):
     """The blocks whose keys may have the largest scores, by the bounds of their channels.
 
     Quest (Tang et al. 2024, arXiv 2406.10774, section 3): a query's score is at most the sum over channels of the
-    larger of its products with the least and the largest element of a block. No key comes near that bound; a
-    score on the way to it from the middle of the bounds ranks blocks better. Query heads that share a key head share its blocks.
+    larger of its products with the least and the largest element of a block. No key comes near that bound; a score on
+    the way to it from the middle of the bounds ranks blocks better. Query heads that share a key head share its blocks.
 
     Attributes:
         sinks: Tokens at the start that are always read.
