@@ -54,7 +54,7 @@ class Batch:
         self._dtypes = {port.name: np.dtype(port.dtype) for port in engine.manifest.inputs}
         self.state: KvState = engine.new_state(len(prompts), max_length=total)
         if prefix is not None:
-            self.state.restore(prefix.tensors, prefix.length)
+            self.state.restore(prefix.tensors, prefix.length, prefix.clusters)
 
     def prefill(self, chunk: int) -> np.ndarray:
         """Read the prompts, `chunk` tokens in a run; logits [batch, vocabulary] after their last tokens."""

@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "cpu/bounded_cache.h"
+#include "cpu/cluster_cache.h"
 #include "cpu/dense_cache.h"
 #include "cpu/evict_cache.h"
 #include "cpu/page_cache.h"
@@ -130,6 +131,7 @@ SelectionSpec ReadSelection(const Attributes& attributes, const AttentionForm& f
                                     {"pages", SelectionKind::kPages},
                                     {"topk", SelectionKind::kTopK},
                                     {"window", SelectionKind::kWindow},
+                                    {"clusters", SelectionKind::kClusters},
                                     {"evict", SelectionKind::kEvict},
                                     {"stride", SelectionKind::kStride}});
   if (spec.kind == SelectionKind::kAll) return spec;
@@ -141,6 +143,11 @@ SelectionSpec ReadSelection(const Attributes& attributes, const AttentionForm& f
                                          {{"keep", FarPositions::kKeep},
                                           {"compact", FarPositions::kCompact},
                                           {"cap", FarPositions::kCap}});
+    return spec;
+  }
+  if (form.window > 0) throw Error("a selection takes no window");
+  if (spec.kind == SelectionKind::kClusters) {
+    spec.recent = Between(attributes, "select_recent", 1, kLargestSize);
     return spec;
   }
   spec.sinks = Between(attributes, "select_sinks", 0, kLargestSize);
@@ -159,7 +166,6 @@ SelectionSpec ReadSelection(const Attributes& attributes, const AttentionForm& f
     throw Error("attribute 'select_share' is " + std::to_string(spec.share) +
                 "; it must be from 0 to 1");
   }
-  if (form.window > 0) throw Error("a selection takes no window");
   if (form.scale < 0) throw Error("a selection takes no negative scale");
   return spec;
 }
@@ -180,6 +186,9 @@ std::unique_ptr<CacheStorage> ReadDense(const AttentionForm& form, int64_t ring,
   }
   if (selection.kind == SelectionKind::kTopK) {
     return std::make_unique<VotedStorage>(form, selection);
+  }
+  if (selection.kind == SelectionKind::kClusters) {
+    return std::make_unique<ClusterStorage>(form, selection);
   }
   return std::make_unique<DenseStorage>(form, ring);
 }

@@ -37,6 +37,8 @@ class CacheStorage {
                                        int64_t total) const = 0;
   // Whether two inputs follow the cache: cosines and sines for queries of far sinks.
   virtual bool has_far_angles() const { return false; }
+  // Whether five inputs follow the cache: the clusters of a prefix.
+  virtual bool has_clusters() const { return false; }
   // Attention of one step into y, then the cache that follows into `present`.
   virtual void Step(const Kernels& kernels, const AttentionOperands& operands,
                     const std::vector<CacheTensor>& past, const std::vector<CacheTensor>& present,

@@ -7,12 +7,15 @@ from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
 from typing import ClassVar, Literal
 
+import onnx_ir as ir
+
 from effc.errors import UsageError
 from effc.ir.analysis.cached_attention import CachedAttentionSite, cached_attention_sites, selection_figures
-from effc.ir.dialect.selections import AllTokens
+from effc.ir.dialect.selections import AllTokens, ClusterSelection
 from effc.ir.program import Program
 from effc.passes.attention.cache_change import change_cache
 from effc.passes.attention.cached_attention import CachedAttention
+from effc.passes.attention.cluster_inputs import cluster_inputs
 from effc.passes.attention.far_angles import FarAngles
 from effc.passes.attention.raising import other_attention
 from effc.passes.attention.selection_schemes import SCHEMES, Change, SelectionScheme
@@ -65,7 +68,8 @@ class SparseAttention(Pass):
     Attributes:
         scheme: `pages`: blocks of tokens by the least and the largest element of every key channel (Quest). `topk`:
             single tokens by the attention of all heads together (TokenSelect). `window`: the last tokens in a ring and
-            the first ones (StreamingLLM, LM-Infinite). `evict`: those that the last queries attend to, the others
+            the first ones (StreamingLLM, LM-Infinite). `clusters`: of a prefix made with `effc prefix`, the clusters of
+            keys that matter to a query (Squeezed Attention). `evict`: those that the last queries attend to, the others
             dropped (SnapKV). `stride`: the last blocks and one in so many of those before (LongGen).
         budget: `pages`: tokens in blocks that a step reads, `topk`: tokens that it reads the values of, at least; None:
             1024, and 0 with `share`. `evict`: tokens that stay when the cache is full, sinks and recent ones included;
@@ -77,8 +81,9 @@ class SparseAttention(Pass):
         sinks: Tokens at the start that every step reads; None: 4, or as the coded cache keeps them.
         recent: Tokens at the end that every step reads: with `pages` at least so many, None: 32, or as the coded cache
             keeps them; with `topk` exactly so many, None: 32; with `window` too, the new one included, None: 1024; with
-            `evict` those whose queries choose what stays, None: 32; with `stride` those of the near blocks, that of the
-            new token included, None: 512.
+            `clusters` those of a prefix whose queries set its thresholds, None: 100; with `evict` those whose queries
+            choose what stays, None: 32; with `stride` those of the near blocks, that of the new token included, None:
+            512.
         positions: `window`: how far the sinks are from a query that reads them beyond its window. `compact`: as if they
             came right before the window (StreamingLLM). `cap`: as far as the window is long (LM-Infinite). `keep`: as
             far as they are, which a model knows only up to the length it was trained on. None: `compact`.
@@ -100,7 +105,7 @@ class SparseAttention(Pass):
 
     name: ClassVar[str] = "sparse-attention"
     contract: ClassVar[Contract] = Contract.APPROXIMATE
-    scheme: Literal["pages", "topk", "window", "evict", "stride"] = "pages"
+    scheme: Literal["pages", "topk", "window", "clusters", "evict", "stride"] = "pages"
     budget: int | None = field(default=None, metadata={"range": "0 or more"})
     share: float | None = field(default=None, metadata={"range": "above 0, to 1"})
     block: int | None = field(default=None, metadata={"range": "1 to 256"})
@@ -167,13 +172,12 @@ class SparseAttention(Pass):
         angles = FarAngles(program.graph)
         for site in sites:
             attention, change = site.payload
-            constants = angles.at(attention, change.far) if change.far is not None else []
             change_cache(
                 attention,
                 form=change.form,
                 storage=change.storage,
                 selection=change.selection,
-                constants=constants,
+                constants=_constants(attention, change, angles),
             )
         simplify_program(program)
         layers = [selection_figures(site) for site in cached_attention_sites(program.graph)]
@@ -198,3 +202,12 @@ class SparseAttention(Pass):
             return f"its window of {site.form.window} tokens bounds what it reads"
         reason = change.selection.reason_against(change.form, change.storage)
         return reason or (angles.reason_against(site) if change.far is not None else "")
+
+
+def _constants(site: CachedAttentionSite, change: Change, angles: FarAngles) -> Sequence[ir.Value]:
+    """The inputs behind the cache."""
+    if change.far is not None:
+        return angles.at(site, change.far)
+    if isinstance(change.selection, ClusterSelection):
+        return cluster_inputs(site, change.form, change.selection)
+    return []

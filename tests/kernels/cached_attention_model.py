@@ -8,9 +8,10 @@ from dataclasses import asdict, dataclass
 
 import ml_dtypes
 import numpy as np
+import onnx_ir
 import onnxruntime as ort
 from attention_oracle import Form
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 
 from effc import kernels
 
@@ -131,12 +132,12 @@ def open_model(
     given = [helper.make_tensor_value_info(name, *shapes[name]) for name in inputs if name]
     results = [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", "seq", form.heads * form.value_size])]
     for i, tensor in enumerate(past):
-        heads = [form.kv_heads] if tensor.ndim > 2 else []
+        heads = [tensor.shape[1]] if tensor.ndim > 2 else []
         for to, word in ((given, "past"), (results, "present")):
             axes = ["batch4", *heads, f"{word}_size{i}", *tensor.shape[3:]]
             to.append(helper.make_tensor_value_info(f"{word}{i}", TYPES[tensor.dtype], axes))
     imports = [helper.make_opsetid("", 24), helper.make_opsetid("effc", 1)]
-    tensors = [numpy_helper.from_array(array, name) for name, array in (constants or {}).items()]
+    tensors = [onnx_ir.to_proto(onnx_ir.tensor(array, name=name)) for name, array in (constants or {}).items()]
     graph = helper.make_graph([node], "test", given, results, tensors)
     model = helper.make_model(graph, opset_imports=imports, ir_version=10)
     options = ort.SessionOptions()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from effc.ir.dialect.selections.all_tokens import AllTokens
 from effc.ir.dialect.selections.base import TokenSelection
+from effc.ir.dialect.selections.clusters import ClusterSelection
 from effc.ir.dialect.selections.evict import EvictSelection
 from effc.ir.dialect.selections.pages import PageSelection
 from effc.ir.dialect.selections.stride import StrideSelection
@@ -14,13 +15,23 @@ from effc.ir.dialect.selections.topk import TopKSelection
 from effc.ir.dialect.selections.window import WindowSelection
 
 SELECTIONS: dict[str, type[TokenSelection]] = {
-    one.kind: one for one in (AllTokens, PageSelection, TopKSelection, WindowSelection, EvictSelection, StrideSelection)
+    one.kind: one
+    for one in (
+        AllTokens,
+        PageSelection,
+        TopKSelection,
+        WindowSelection,
+        ClusterSelection,
+        EvictSelection,
+        StrideSelection,
+    )
 }
 """Value of the attribute `selection` -> its class."""
 
 __all__ = [
     "SELECTIONS",
     "AllTokens",
+    "ClusterSelection",
     "EvictSelection",
     "PageSelection",
     "StrideSelection",
