@@ -54,6 +54,7 @@ NO_SELECTION: dict[str, int | float | str] = {
     "dense_below": 0,
     "select_refresh": 0,
     "select_similarity": 0.0,
+    "select_reach": 0.0,
     "select_positions": "none",
     "select_pool": 0,
     "select_stride": 0,
@@ -109,7 +110,7 @@ class AttentionForm:
     @property
     def sizes(self) -> HeadSizes:
         """Sizes the cache depends on."""
-        return HeadSizes(self.kv_heads, self.head_size, self.value_size, self.heads // self.kv_heads)
+        return HeadSizes(self.kv_heads, self.head_size, self.value_size, self.heads)
 
 
 class CachedAttention(DialectOp):
@@ -178,12 +179,9 @@ class CachedAttention(DialectOp):
             return DenseBody(node, tape, form, storage).record()
         if isinstance(storage, StaticStorage):
             return StaticBody(node, tape, form, storage).record()
-        dense = isinstance(storage, DenseStorage)
-        what = f"selection={selection.kind}" if dense else f"storage={storage.kind}"
-        raise InputError(
-            f"node {node.name!r}: CachedAttention with {what} has no body in standard ops, so a portable engine cannot "
-            f"have it. Write a native engine, or leave the pass {'sparse-attention' if dense else 'kv-cache'} out."
-        )
+        if isinstance(storage, DenseStorage):
+            raise _no_body(node, f"selection={selection.kind}", "sparse-attention")
+        raise _no_body(node, f"storage={storage.kind}", "kv-cache")
 
 
 OP = CachedAttention()
@@ -297,6 +295,13 @@ def constant_values(node: ir.Node) -> list[ir.Value]:
 def has_no_kernel(node: ir.Node) -> bool:
     """Whether a node has a form that is always lowered to something else: a cache with static scales."""
     return node.op_type == OP.name and node.attributes["storage"].as_string() == StaticStorage.kind
+
+
+def _no_body(node: ir.Node, what: str, pass_name: str) -> InputError:
+    return InputError(
+        f"node {node.name!r}: CachedAttention with {what} has no body in standard ops, so a portable engine cannot "
+        f"have it. Write a native engine, or leave the pass {pass_name} out."
+    )
 
 
 def _one_width(key_bits: Sequence[int], value_bits: Sequence[int]) -> int:

@@ -131,9 +131,9 @@ SelectionSpec ReadSelection(const Attributes& attributes, const AttentionForm& f
                                     {"pages", SelectionKind::kPages},
                                     {"topk", SelectionKind::kTopK},
                                     {"window", SelectionKind::kWindow},
+                                    {"clusters", SelectionKind::kClusters},
                                     {"evict", SelectionKind::kEvict},
-                                    {"stride", SelectionKind::kStride},
-                                    {"clusters", SelectionKind::kClusters}});
+                                    {"stride", SelectionKind::kStride}});
   if (spec.kind == SelectionKind::kAll) return spec;
   if (spec.kind == SelectionKind::kEvict) return ReadEvict(attributes, spec);
   if (spec.kind == SelectionKind::kStride) return ReadStride(attributes, spec);
@@ -154,6 +154,11 @@ SelectionSpec ReadSelection(const Attributes& attributes, const AttentionForm& f
   spec.recent = Between(attributes, "select_recent", 0, kLargestSize);
   spec.block = Between(attributes, "select_block", 1, kMaxPage);
   if (spec.kind == SelectionKind::kTopK) ReadMemory(attributes, spec);
+  spec.reach = FiniteFloat(attributes, "select_reach");
+  if (spec.reach < 0 || spec.reach > 1) {
+    throw Error("attribute 'select_reach' is " + std::to_string(spec.reach) +
+                "; it must be from 0 to 1");
+  }
   spec.budget = Between(attributes, "select_budget", 0, INT32_MAX);
   spec.dense_below = Between(attributes, "dense_below", 0, INT32_MAX);
   spec.share = FiniteFloat(attributes, "select_share");

@@ -67,7 +67,7 @@ VotedSlots PageStorage::Choose(const Kernels& kernels, const PageStep& step, con
     return VoteForTokens(kernels, form_, step.operands, step.tokens, store, selection_, parallel);
   }
   if (selection_.kind == SelectionKind::kAll) return {};
-  const PageBounds bounds(kernels, step);
+  const PageBounds bounds(kernels, selection_, step);
   return {ChooseSlots(kernels, form_, step.operands, step.tokens, selection_, bounds, parallel),
           {}};
 }

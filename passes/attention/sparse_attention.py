@@ -68,9 +68,9 @@ class SparseAttention(Pass):
     Attributes:
         scheme: `pages`: blocks of tokens by the least and the largest element of every key channel (Quest). `topk`:
             single tokens by the attention of all heads together (TokenSelect). `window`: the last tokens in a ring and
-            the first ones (StreamingLLM, LM-Infinite). `evict`: those that the last queries attend to, the others
-            dropped (SnapKV). `stride`: the last blocks and one in so many of those before (LongGen). `clusters`: of a
-            prefix made with `effc prefix`, the clusters of keys that matter to a query (Squeezed Attention).
+            the first ones (StreamingLLM, LM-Infinite). `clusters`: of a prefix made with `effc prefix`, the clusters of
+            keys that matter to a query (Squeezed Attention). `evict`: those that the last queries attend to, the others
+            dropped (SnapKV). `stride`: the last blocks and one in so many of those before (LongGen).
         budget: `pages`: tokens in blocks that a step reads, `topk`: tokens that it reads the values of, at least; None:
             1024, and 0 with `share`. `evict`: tokens that stay when the cache is full, sinks and recent ones included;
             None: 2048.
@@ -81,9 +81,9 @@ class SparseAttention(Pass):
         sinks: Tokens at the start that every step reads; None: 4, or as the coded cache keeps them.
         recent: Tokens at the end that every step reads: with `pages` at least so many, None: 32, or as the coded cache
             keeps them; with `topk` exactly so many, None: 32; with `window` too, the new one included, None: 1024; with
-            `evict` those whose queries choose what stays, None: 32; with `stride` those of the near blocks, that of the
-            new token included, None: 512; with `clusters` those of a prefix whose queries set its thresholds, None:
-            100.
+            `clusters` those of a prefix whose queries set its thresholds, None: 100; with `evict` those whose queries
+            choose what stays, None: 32; with `stride` those of the near blocks, that of the new token included, None:
+            512.
         positions: `window`: how far the sinks are from a query that reads them beyond its window. `compact`: as if they
             came right before the window (StreamingLLM). `cap`: as far as the window is long (LM-Infinite). `keep`: as
             far as they are, which a model knows only up to the length it was trained on. None: `compact`.
@@ -92,6 +92,8 @@ class SparseAttention(Pass):
         stride: `stride`: of the blocks that are not near, one in so many is read; None: 16.
         middle: `stride`: whether the middle third of the layers reads the pattern, too; None: it reads everything.
         dense_below: `pages`, `topk`: with fewer cached tokens than this, everything is read.
+        reach: `pages`: what ranks a block, from 0, the score of the middle of its bounds, to 1, the largest score that
+            they allow (Quest); None: 0.6, which is better than either.
         refresh: `topk`: most steps that one choice of tokens serves, over a dense cache; None: 1.
         similarity: `topk` with `refresh`: cosine of a query with the one that chose, from which on the choice serves
             it; None: 0.9.
@@ -103,7 +105,7 @@ class SparseAttention(Pass):
 
     name: ClassVar[str] = "sparse-attention"
     contract: ClassVar[Contract] = Contract.APPROXIMATE
-    scheme: Literal["pages", "topk", "window", "evict", "stride", "clusters"] = "pages"
+    scheme: Literal["pages", "topk", "window", "clusters", "evict", "stride"] = "pages"
     budget: int | None = field(default=None, metadata={"range": "0 or more"})
     share: float | None = field(default=None, metadata={"range": "above 0, to 1"})
     block: int | None = field(default=None, metadata={"range": "1 to 256"})
@@ -115,6 +117,7 @@ class SparseAttention(Pass):
     stride: int | None = field(default=None, metadata={"range": "1 to 1048576"})
     middle: bool | None = None
     dense_below: int | None = field(default=None, metadata={"range": "0 or more"})
+    reach: float | None = field(default=None, metadata={"range": "0 to 1"})
     refresh: int | None = field(default=None, metadata={"range": "0 or more"})
     similarity: float | None = field(default=None, metadata={"range": "-1 to 1"})
     first: int | None = field(default=None, metadata={"range": "0 or more"})
@@ -128,6 +131,8 @@ class SparseAttention(Pass):
                 raise UsageError(f"{name.replace('_', '-')} is {value}, it must be from {low} to {high}.")
         if self.share is not None and not 0 < self.share <= 1:
             raise UsageError(f"share is {self.share}, it must be above 0 and at most 1.")
+        if self.reach is not None and not 0 <= self.reach <= 1:
+            raise UsageError(f"reach is {self.reach}, it must be from 0 to 1.")
         if self.similarity is not None and not -1 <= self.similarity <= 1:
             raise UsageError(f"similarity is {self.similarity}, it must be from -1 to 1.")
         self._scheme()

@@ -36,6 +36,7 @@ ALL_TOKENS: dict[str, object] = {
     "select_stride": 0,
     "select_refresh": 0,
     "select_similarity": 0.0,
+    "select_reach": 0.0,
 }
 DENSE: dict[str, object] = ALL_TOKENS | {
     "storage": "dense",

@@ -21,9 +21,9 @@ SELECTIONS: dict[str, type[TokenSelection]] = {
         PageSelection,
         TopKSelection,
         WindowSelection,
+        ClusterSelection,
         EvictSelection,
         StrideSelection,
-        ClusterSelection,
     )
 }
 """Value of the attribute `selection` -> its class."""

@@ -52,7 +52,7 @@ class ClusterSelection(TokenSelection):
 
     def tensors(self, storage: Storage, sizes: HeadSizes) -> tuple[StateTensor, ...]:
         """`queries`: those of the last tokens, as attention uses them."""
-        shape = (BATCH, sizes.kv_heads * sizes.group, self.observed, sizes.head_size)
+        shape = (BATCH, sizes.heads, self.observed, sizes.head_size)
         return (StateTensor("queries", ir.DataType.FLOAT, shape),)
 
     def constants(self, form: AttentionForm) -> dict[str, tuple[int | str, ...]]:

@@ -72,7 +72,7 @@ class EvictSelection(TokenSelection):
 
     def tensors(self, storage: Storage, sizes: HeadSizes) -> tuple[StateTensor, ...]:
         """`token`, which one every place holds, and `query`, the last queries."""
-        queries = sizes.group * sizes.head_size
+        queries = sizes.heads // sizes.kv_heads * sizes.head_size
         return (
             StateTensor("token", ir.DataType.INT32, (BATCH, sizes.kv_heads, self.places)),
             StateTensor("query", ir.DataType.FLOAT, (BATCH, sizes.kv_heads, self.recent, queries)),

@@ -89,7 +89,7 @@ class TopKSelection(TokenSelection):
             return ()
         return (
             StateTensor("chosen", ir.DataType.UINT8, (BATCH, PAST)),
-            StateTensor("voter", ir.DataType.FLOAT, (BATCH, sizes.kv_heads * sizes.group * sizes.head_size)),
+            StateTensor("voter", ir.DataType.FLOAT, (BATCH, sizes.heads * sizes.head_size)),
             StateTensor("age", ir.DataType.INT32, (BATCH, 2)),
         )
 

@@ -14,9 +14,9 @@ SCHEMES: dict[str, type[SelectionScheme]] = {
     "pages": PagesScheme,
     "topk": TopKScheme,
     "window": WindowScheme,
+    "clusters": ClustersScheme,
     "evict": EvictScheme,
     "stride": StrideScheme,
-    "clusters": ClustersScheme,
 }
 """Option `scheme` of the pass -> its class."""
 

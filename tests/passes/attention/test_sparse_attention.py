@@ -47,7 +47,7 @@ def test_a_dense_cache_gets_bounds() -> None:
     assert (str(past.shape[2]), str(present.shape[2])) == ("past // 8", "total // 8")
     assert past.dtype == ir.DataType.FLOAT
     (site, _) = cached_attention_sites(result.graph)
-    assert site.selection == PageSelection(block=8, budget=32)
+    assert site.selection == PageSelection(block=8, budget=32, reach=float(np.float32(0.6)))
 
 
 def test_single_tokens_need_nothing() -> None:
@@ -84,7 +84,9 @@ def test_a_coded_cache_brings_its_blocks(scheme: str) -> None:
     assert [v.name for v in result.graph.inputs] == [v.name for v in coded.graph.inputs]
     (site,) = cached_attention_sites(result.graph)
     storage = site.storage
-    assert site.selection == PageSelection(storage.sinks, storage.recent, storage.page, 32)  # type: ignore[attr-defined]
+    assert site.selection == PageSelection(  # type: ignore[attr-defined]
+        storage.sinks, storage.recent, storage.page, 32, reach=float(np.float32(0.6))
+    )
 
 
 def test_what_is_left_alone() -> None:
@@ -126,6 +128,7 @@ def test_figures_of_the_report() -> None:
         ({"share": float("nan")}, "share is nan"),
         ({"block": 257}, "block is 257"),
         ({"dense_below": -1}, "dense-below is -1"),
+        ({"reach": 1.5}, "reach is 1.5"),
         ({"positions": "cap"}, "scheme=pages has no positions"),
         ({"scheme": "topk", "block": 5}, "scheme=topk has no block"),
         ({"scheme": "topk", "refresh": -1}, "refresh is -1"),
