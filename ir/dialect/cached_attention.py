@@ -52,6 +52,8 @@ NO_SELECTION: dict[str, int | float | str] = {
     "select_budget": 0,
     "select_share": 0.0,
     "dense_below": 0,
+    "select_refresh": 0,
+    "select_similarity": 0.0,
     "select_positions": "none",
     "select_pool": 0,
     "select_stride": 0,
@@ -166,7 +168,7 @@ class CachedAttention(DialectOp):
         form, storage, selection = attention_form(node), cache_storage(node), token_selection(node)
         if isinstance(storage, DenseStorage) and isinstance(selection, PageSelection):
             return PagesBody(node, tape, form, storage, selection).record()
-        if isinstance(storage, DenseStorage) and isinstance(selection, TopKSelection):
+        if isinstance(storage, DenseStorage) and isinstance(selection, TopKSelection) and not selection.refresh:
             return TopKBody(node, tape, form, storage, selection).record()
         if isinstance(storage, DenseStorage) and isinstance(selection, WindowSelection):
             return WindowBody(node, tape, form, storage, selection).record()

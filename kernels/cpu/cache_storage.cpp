@@ -90,6 +90,15 @@ PageCacheSpec ReadPages(const Attributes& attributes, const AttentionForm& form)
   return spec;
 }
 
+void ReadMemory(const Attributes& attributes, SelectionSpec& spec) {
+  if (spec.block != 1) throw Error("selection 'topk' has blocks of one token");
+  spec.refresh = Between(attributes, "select_refresh", 0, kLargestSize);
+  spec.similarity = FiniteFloat(attributes, "select_similarity");
+  if (spec.similarity >= -1 && spec.similarity <= 1) return;
+  throw Error("attribute 'select_similarity' is " + std::to_string(spec.similarity) +
+              "; it must be from -1 to 1");
+}
+
 SelectionSpec ReadEvict(const Attributes& attributes, SelectionSpec spec) {
   spec.sinks = Between(attributes, "select_sinks", 0, kLargestSize);
   spec.recent = Between(attributes, "select_recent", 1, kLargestSize);
@@ -137,9 +146,7 @@ SelectionSpec ReadSelection(const Attributes& attributes, const AttentionForm& f
   spec.sinks = Between(attributes, "select_sinks", 0, kLargestSize);
   spec.recent = Between(attributes, "select_recent", 0, kLargestSize);
   spec.block = Between(attributes, "select_block", 1, kMaxPage);
-  if (spec.kind == SelectionKind::kTopK && spec.block != 1) {
-    throw Error("selection 'topk' has blocks of one token");
-  }
+  if (spec.kind == SelectionKind::kTopK) ReadMemory(attributes, spec);
   spec.budget = Between(attributes, "select_budget", 0, INT32_MAX);
   spec.dense_below = Between(attributes, "dense_below", 0, INT32_MAX);
   spec.share = FiniteFloat(attributes, "select_share");

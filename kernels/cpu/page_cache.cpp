@@ -20,6 +20,9 @@ PageStorage::PageStorage(const AttentionForm& form, const PageCacheSpec& spec,
   if (pages && !HasBounds(spec.page)) {
     throw Error("selection 'pages' needs keys that are coded by channel in less than 16 bits");
   }
+  if (selection.refresh > 0) {
+    throw Error("storage 'pages' does not remember what was chosen; select_refresh must be 0");
+  }
   if (selection.sinks != spec.sinks || selection.recent != spec.recent ||
       (pages && selection.block != spec.page.page)) {
     throw Error("the selection has other sinks, recent tokens or blocks than the pages");

@@ -34,6 +34,8 @@ struct SelectionSpec {
   int64_t budget = 0;       // tokens chosen, at least
   float share = 0;          // of the blocks chosen, at least
   int64_t dense_below = 0;  // with fewer tokens everything is read
+  int64_t refresh = 0;      // kTopK: a choice serves fewer steps than this; 0: one
+  float similarity = 1;     // kTopK: and queries whose cosine with its own is at least this
   FarPositions positions = FarPositions::kKeep;
   int64_t stride = 1;  // kStride: blocks
   int64_t pool = 1;    // kEvict: tokens over which votes are averaged, odd

@@ -27,6 +27,7 @@ LIMITS = {
     "pool": (1, 255),
     "stride": (1, 2**20),
     "dense_below": (0, 2**31 - 1),
+    "refresh": (0, 2**20),
     "first": (0, 10**6),
     "last": (0, 10**6),
 }
@@ -86,6 +87,9 @@ class SparseAttention(Pass):
         stride: `stride`: of the blocks that are not near, one in so many is read; None: 16.
         middle: `stride`: whether the middle third of the layers reads the pattern, too; None: it reads everything.
         dense_below: `pages`, `topk`: with fewer cached tokens than this, everything is read.
+        refresh: `topk`: most steps that one choice of tokens serves, over a dense cache; None: 1.
+        similarity: `topk` with `refresh`: cosine of a query with the one that chose, from which on the choice serves
+            it; None: 0.9.
         first: Layers at the start that are left alone; None: 2 with `pages` and `topk`, since attention is spread most
             widely there, else 0.
         last: Layers at the end that are left alone.
@@ -106,6 +110,8 @@ class SparseAttention(Pass):
     stride: int | None = field(default=None, metadata={"range": "1 to 1048576"})
     middle: bool | None = None
     dense_below: int | None = field(default=None, metadata={"range": "0 or more"})
+    refresh: int | None = field(default=None, metadata={"range": "0 or more"})
+    similarity: float | None = field(default=None, metadata={"range": "-1 to 1"})
     first: int | None = field(default=None, metadata={"range": "0 or more"})
     last: int = field(default=0, metadata={"range": "0 or more"})
     skip: tuple[str, ...] = ()
@@ -117,6 +123,8 @@ class SparseAttention(Pass):
                 raise UsageError(f"{name.replace('_', '-')} is {value}, it must be from {low} to {high}.")
         if self.share is not None and not 0 < self.share <= 1:
             raise UsageError(f"share is {self.share}, it must be above 0 and at most 1.")
+        if self.similarity is not None and not -1 <= self.similarity <= 1:
+            raise UsageError(f"similarity is {self.similarity}, it must be from -1 to 1.")
         self._scheme()
 
     def _scheme(self) -> SelectionScheme:

@@ -33,6 +33,8 @@ ALL_TOKENS: dict[str, object] = {
     "select_positions": "none",
     "select_pool": 0,
     "select_stride": 0,
+    "select_refresh": 0,
+    "select_similarity": 0.0,
 }
 DENSE: dict[str, object] = ALL_TOKENS | {
     "storage": "dense",
@@ -128,15 +130,10 @@ def open_model(
     given = [helper.make_tensor_value_info(name, *shapes[name]) for name in inputs if name]
     results = [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", "seq", form.heads * form.value_size])]
     for i, tensor in enumerate(past):
-        rest = list(tensor.shape[3:])
-        given.append(
-            helper.make_tensor_value_info(f"past{i}", TYPES[tensor.dtype], ["batch4", form.kv_heads, f"old{i}", *rest])
-        )
-        results.append(
-            helper.make_tensor_value_info(
-                f"present{i}", TYPES[tensor.dtype], ["batch4", form.kv_heads, f"new{i}", *rest]
-            )
-        )
+        heads = [form.kv_heads] if tensor.ndim > 2 else []
+        for to, word in ((given, "past"), (results, "present")):
+            axes = ["batch4", *heads, f"{word}_size{i}", *tensor.shape[3:]]
+            to.append(helper.make_tensor_value_info(f"{word}{i}", TYPES[tensor.dtype], axes))
     imports = [helper.make_opsetid("", 24), helper.make_opsetid("effc", 1)]
     tensors = [numpy_helper.from_array(array, name) for name, array in (constants or {}).items()]
     graph = helper.make_graph([node], "test", given, results, tensors)

@@ -22,9 +22,11 @@ class Selection:
     budget: int = 0
     share: float = 0.0
     dense_below: int = 0
+    refresh: int = 0
+    similarity: float = 0.0
 
     def attributes(self) -> dict[str, object]:
-        names = ("sinks", "recent", "block", "budget", "share")
+        names = ("sinks", "recent", "block", "budget", "share", "refresh", "similarity")
         return {
             "selection": self.kind,
             "dense_below": self.dense_below,

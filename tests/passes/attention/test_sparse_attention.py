@@ -63,6 +63,20 @@ def test_single_tokens_need_nothing() -> None:
     assert "other sinks" in reasons(coded, sparse(scheme="topk", recent=64))[0]
 
 
+def test_a_choice_that_serves_again() -> None:
+    """The op sees queries before they are rotated, and carries what it chose."""
+    options = sparse(scheme="topk", refresh=8)
+    assert options.requires() == (CachedAttention(rotary="inside"),)
+    result = changed(decoder(rotary=True), options)
+    names = [value.name for value in result.graph.inputs][-3:]
+    assert names == [f"past_key_values.0.{name}" for name in ("chosen", "voter", "age")]
+    (site,) = cached_attention_sites(result.graph)
+    assert site.selection == TopKSelection(budget=32, refresh=8, similarity=float(np.float32(0.9)))
+    assert "read by whole pages" in reasons(changed(decoder(), KvCache("int8")), options)[0]
+    with pytest.raises(InputError, match="selection=topk has no body"):
+        inline_dialect(result.model)
+
+
 @pytest.mark.parametrize("scheme", ["int8", "int4", "kivi", "zipcache"])
 def test_a_coded_cache_brings_its_blocks(scheme: str) -> None:
     coded = changed(decoder(), KvCache(scheme))  # type: ignore[arg-type]
@@ -114,6 +128,8 @@ def test_figures_of_the_report() -> None:
         ({"dense_below": -1}, "dense-below is -1"),
         ({"positions": "cap"}, "scheme=pages has no positions"),
         ({"scheme": "topk", "block": 5}, "scheme=topk has no block"),
+        ({"scheme": "topk", "refresh": -1}, "refresh is -1"),
+        ({"scheme": "topk", "similarity": 1.5}, "similarity is 1.5"),
         ({"scheme": "window", "budget": 5}, "scheme=window has no budget"),
         ({"scheme": "window", "recent": 0}, "recent is 0"),
         ({"scheme": "window", "sinks": 0}, "sinks is 0"),
