@@ -62,7 +62,7 @@ def selected(variant: Variant, selection: str, budget: int) -> Variant:
 
 def evicting(variant: Variant, budget: int) -> Variant:
     """The variant with a cache that drops tokens."""
-    attributes = {"selection": "evict", "select_sinks": SINKS, "select_recent": RECENT, "select_pool": 5}
+    attributes = {"selection": "evict", "select_sinks": SINKS, "select_recent": RECENT, "select_pool": 15}
     places = {"ring": budget + DROPPED, "select_budget": budget, "select_block": DROPPED}
     return replace(variant, attributes=variant.attributes | attributes | places)
 

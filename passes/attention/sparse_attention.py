@@ -87,7 +87,7 @@ class SparseAttention(Pass):
         positions: `window`: how far the sinks are from a query that reads them beyond its window. `compact`: as if they
             came right before the window (StreamingLLM). `cap`: as far as the window is long (LM-Infinite). `keep`: as
             far as they are, which a model knows only up to the length it was trained on. None: `compact`.
-        pool: `evict`: tokens over which the attention is averaged before the best ones are chosen, odd; None: 5.
+        pool: `evict`: tokens over which the attention is averaged before the best ones are chosen, odd; None: 15.
         pyramid: `evict`: budgets that fall from layer to layer, `budget` on average (PyramidKV); None: all alike.
         stride: `stride`: of the blocks that are not near, one in so many is read; None: 16.
         middle: `stride`: whether the middle third of the layers reads the pattern, too; None: it reads everything.

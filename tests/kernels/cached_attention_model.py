@@ -133,8 +133,8 @@ def open_model(
     results = [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", "seq", form.heads * form.value_size])]
     for i, tensor in enumerate(past):
         heads = [tensor.shape[1]] if tensor.ndim > 2 else []
-        for to, word in ((given, "past"), (results, "present")):
-            axes = ["batch4", *heads, f"{word}_size{i}", *tensor.shape[3:]]
+        for to, word, size in ((given, "past", "old"), (results, "present", "new")):
+            axes = ["batch4", *heads, f"{size}{i}", *tensor.shape[3:]]
             to.append(helper.make_tensor_value_info(f"{word}{i}", TYPES[tensor.dtype], axes))
     imports = [helper.make_opsetid("", 24), helper.make_opsetid("effc", 1)]
     tensors = [onnx_ir.to_proto(onnx_ir.tensor(array, name=name)) for name, array in (constants or {}).items()]

@@ -44,7 +44,7 @@ class EvictSelection(TokenSelection):
     sinks: int = 4
     recent: int = 32
     block: int = 128
-    pool: int = 5
+    pool: int = 15
 
     def __post_init__(self) -> None:
         require(self.sinks >= 0, f"sinks is {self.sinks}, it must be 0 or more")

@@ -237,7 +237,7 @@ def test_a_cache_that_evicts(dtype: str) -> None:
     stored = changed(decoder(2, rotary=True), KvCache("dense", dtype=dtype))  # type: ignore[arg-type]
     program = changed(stored, options)
     (site, _) = cached_attention_sites(program.graph)
-    assert site.selection == EvictSelection(40, sinks=4, recent=8, block=8, pool=5)
+    assert site.selection == EvictSelection(40, sinks=4, recent=8, block=8, pool=15)
     shapes = {str(past.name): (past.dtype, [str(axis) for axis in past.shape]) for past, _ in program.cache_pairs()}
     tokens = site.storage.dtype  # type: ignore[attr-defined]
     assert {name: shapes[name] for name in shapes if ".0." in name} == {
