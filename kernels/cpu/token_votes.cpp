@@ -154,9 +154,10 @@ class Voting {
                         stride);
     }
     const uint8_t* const valid = operands_.valid + row.row * operands_.total + slots.begin;
+    const bool all = std::memchr(valid, 0, count) == nullptr;
     std::vector<QueryRow> state(group, QueryRow{-kInfinity, 0, slots.begin, slots.end, nullptr});
-    pieces_.absorb(state.data(), group, {slots.begin, count, valid, form_.scale, form_.softcap},
-                   scores, stride, nullptr, 0, 0);
+    const SlotBlock block{slots.begin, count, all ? nullptr : valid, form_.scale, form_.softcap};
+    pieces_.absorb(state.data(), group, block, scores, stride, nullptr, 0, 0);
     for (int64_t g = 0; g < group; ++g) {
       const int64_t h = head * group + g;
       std::memcpy(Shares(row).At(h, slots.begin), scores + g * stride, count * sizeof(float));
