@@ -69,12 +69,14 @@ class CacheLayout:
         layers: For each attention of ours, what one row takes: `site`, `storage`, `bits` and `bits_with_parameters`
             of an element, and at `tokens` tokens `bytes`, `bytes_of_codes` and `dense_bytes` (bfloat16).
         endless: Whether no attention ever meets a position beyond a fixed one, so that any number of tokens will do.
+        longest_step: Most new tokens of a row in one run; None: any number.
     """
 
     mode: str
     ports: list[CachePort] = field(default_factory=list)
     layers: list[dict[str, Any]] = field(default_factory=list)
     endless: bool = False
+    longest_step: int | None = None
 
 
 @dataclass(frozen=True)

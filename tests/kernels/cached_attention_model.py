@@ -101,16 +101,17 @@ def open_model(
     threads: int = 2,
     storage: Mapping[str, object] = DENSE,
     constants: Mapping[str, np.ndarray] | None = None,
+    scores: bool = False,
     **overrides: object,
 ) -> Model:
-    """A session for tensors of the past like `past`, with constants behind them; sizes that may grow are symbolic."""
+    """A session for tensors of the past like `past`, with constants, then scores, behind them; sizes that may grow are symbolic."""
     attributes = {**asdict(form), **storage, **overrides}
     attributes = {name: value for name, value in attributes.items() if value is not None}
     inputs = ["query", "key", "value", "valid", *(name if name in optional else "" for name in OPTIONAL)]
     cache = range(len(past))
     node = helper.make_node(
         "CachedAttention",
-        [*inputs, *(f"past{i}" for i in cache), *(constants or {})],
+        [*inputs, *(f"past{i}" for i in cache), *(constants or {}), *(["scores"] if scores else [])],
         ["y", *(f"present{i}" for i in cache)],
         name="attention",
         domain="effc",
@@ -127,16 +128,13 @@ def open_model(
     }
     given = [helper.make_tensor_value_info(name, *shapes[name]) for name in inputs if name]
     results = [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", "seq", form.heads * form.value_size])]
+    if scores:
+        given.append(helper.make_tensor_value_info("scores", TensorProto.FLOAT, ["batch5", "total3"]))
     for i, tensor in enumerate(past):
-        rest = list(tensor.shape[3:])
-        given.append(
-            helper.make_tensor_value_info(f"past{i}", TYPES[tensor.dtype], ["batch4", form.kv_heads, f"old{i}", *rest])
-        )
-        results.append(
-            helper.make_tensor_value_info(
-                f"present{i}", TYPES[tensor.dtype], ["batch4", form.kv_heads, f"new{i}", *rest]
-            )
-        )
+        heads, rest = [form.kv_heads] if tensor.ndim > 2 else [], list(tensor.shape[3:])
+        for infos, name, length in ((given, f"past{i}", f"old{i}"), (results, f"present{i}", f"new{i}")):
+            shape = ["batch4", *heads, length, *rest]
+            infos.append(helper.make_tensor_value_info(name, TYPES[tensor.dtype], shape))
     imports = [helper.make_opsetid("", 24), helper.make_opsetid("effc", 1)]
     tensors = [numpy_helper.from_array(array, name) for name, array in (constants or {}).items()]
     graph = helper.make_graph([node], "test", given, results, tensors)

@@ -9,12 +9,22 @@ from effc.ir.dialect.selections.all_tokens import AllTokens
 from effc.ir.dialect.selections.base import TokenSelection
 from effc.ir.dialect.selections.evict import EvictSelection
 from effc.ir.dialect.selections.pages import PageSelection
+from effc.ir.dialect.selections.retain import RetainSelection
 from effc.ir.dialect.selections.stride import StrideSelection
 from effc.ir.dialect.selections.topk import TopKSelection
 from effc.ir.dialect.selections.window import WindowSelection
 
 SELECTIONS: dict[str, type[TokenSelection]] = {
-    one.kind: one for one in (AllTokens, PageSelection, TopKSelection, WindowSelection, EvictSelection, StrideSelection)
+    one.kind: one
+    for one in (
+        AllTokens,
+        PageSelection,
+        TopKSelection,
+        WindowSelection,
+        EvictSelection,
+        RetainSelection,
+        StrideSelection,
+    )
 }
 """Value of the attribute `selection` -> its class."""
 
@@ -23,6 +33,7 @@ __all__ = [
     "AllTokens",
     "EvictSelection",
     "PageSelection",
+    "RetainSelection",
     "StrideSelection",
     "TokenSelection",
     "TopKSelection",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from effc.passes.attention.selection_schemes.base import Change, SelectionScheme
 from effc.passes.attention.selection_schemes.evict import EvictScheme
 from effc.passes.attention.selection_schemes.pages import PagesScheme
+from effc.passes.attention.selection_schemes.retain import RetainScheme
 from effc.passes.attention.selection_schemes.stride import StrideScheme
 from effc.passes.attention.selection_schemes.topk import TopKScheme
 from effc.passes.attention.selection_schemes.window import WindowScheme
@@ -14,6 +15,7 @@ SCHEMES: dict[str, type[SelectionScheme]] = {
     "topk": TopKScheme,
     "window": WindowScheme,
     "evict": EvictScheme,
+    "retain": RetainScheme,
     "stride": StrideScheme,
 }
 """Option `scheme` of the pass -> its class."""
