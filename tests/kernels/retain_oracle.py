@@ -79,7 +79,7 @@ class RowOracle:
         turned = self._turned(keys.transpose(1, 0, 2), np.arange(len(keys)))
         result = np.zeros((len(valid), form.heads * form.value_size))
         for i, place in enumerate(old + np.cumsum(valid) - valid):  # padding sees what is before it
-            query = self._turned(q[:, i : i + 1], np.array([place]))[:, 0]
+            query = self._turned(q[:, i : i + 1], np.array([min(place, self.retain.budget - 1)]))[:, 0]
             if seen := int(place + valid[i]):
                 result[i] = self._attend(query, turned[:, :seen], np.array(values[:seen]))
         self.numbers += [self.done + int(i) for i in fresh]
