@@ -46,8 +46,9 @@ class SparseAttention(Pass):
     gets; what leaves the window is gone. `evict`: the cache has room for a constant number of tokens; when it is full,
     those that the last queries attend to stay and the others are gone; a prompt that is read in one step is read in
     full. `retain`: the same, but those stay that surprised the model most, and positions are places of the cache, so
-    that a dialogue may go on for ever; a caller gives the surprise, as `effc chat` and `effc generate` do. `stride`: every token, of prompts too, reads a fixed pattern of blocks; it is meant for models that were
-    trained with it. `docs/sparse-attention.md` has what each costs and saves.
+    that a dialogue may go on for ever; a caller gives the surprise, as `effc chat` and `effc generate` do. `stride`:
+    every token, of prompts too, reads a fixed pattern of blocks; it is meant for models that were trained with it.
+    `docs/sparse-attention.md` has what each costs and saves.
 
     Before:
 
@@ -67,7 +68,8 @@ class SparseAttention(Pass):
         scheme: `pages`: blocks of tokens by the least and the largest element of every key channel (Quest). `topk`:
             single tokens by the attention of all heads together (TokenSelect). `window`: the last tokens in a ring and
             the first ones (StreamingLLM, LM-Infinite). `evict`: those that the last queries attend to, the others
-            dropped (SnapKV). `retain`: those that surprised the model most, the others dropped (SirLLM). `stride`: the last blocks and one in so many of those before (LongGen).
+            dropped (SnapKV). `retain`: those that surprised the model most, the others dropped (SirLLM). `stride`: the
+            last blocks and one in so many of those before (LongGen).
         budget: `pages`: tokens in blocks that a step reads, `topk`: tokens that it reads the values of, at least; None:
             1024, and 0 with `share`. `evict`: tokens that stay when the cache is full, sinks and recent ones included;
             None: 2048. `retain`: tokens that the cache has room for; None: 2048.
@@ -79,9 +81,9 @@ class SparseAttention(Pass):
         sinks: Tokens at the start that every step reads; None: 4, or as the coded cache keeps them.
         recent: Tokens at the end that every step reads: with `pages` at least so many, None: 32, or as the coded cache
             keeps them; with `topk` exactly so many, None: 32; with `window` too, the new one included, None: 1024; with
-            `evict` those whose queries choose what stays, None: 32; with `retain` those that stay whatever they are worth,
-            None: one in 8 of the budget; with `stride` those of the near blocks, that of the
-            new token included, None: 512.
+            `evict` those whose queries choose what stays, None: 32; with `retain` those that stay whatever they are
+            worth, None: one in 8 of the budget; with `stride` those of the near blocks, that of the new token included,
+            None: 512.
         positions: `window`: how far the sinks are from a query that reads them beyond its window. `compact`: as if they
             came right before the window (StreamingLLM). `cap`: as far as the window is long (LM-Infinite). `keep`: as
             far as they are, which a model knows only up to the length it was trained on. None: `compact`.
@@ -195,9 +197,7 @@ class SparseAttention(Pass):
         return reason or (angles.reason_against(site) if change.far is not None else "")
 
 
-def _all_or_none(
-    sites: list[Site], left: list[LeftAlone], windowed: set[str]
-) -> tuple[list[Site], list[LeftAlone]]:
+def _all_or_none(sites: list[Site], left: list[LeftAlone], windowed: set[str]) -> tuple[list[Site], list[LeftAlone]]:
     """Nothing is taken when a layer without a window of its own is left: its positions would be others."""
     missing = next((one for one in left if one.site not in windowed), None)
     if missing is None:
