@@ -115,6 +115,7 @@ class ContractCheck(Instrument):
             shapes = hard_shapes(interface) if self.shapes == "hard" else quick_shapes(interface)
         else:
             shapes = tuple(self.shapes)
+        shapes = within_step(shapes, interface)
         return _with_own_pasts(shapes) if interface.numbers_tokens else shapes
 
 

@@ -144,7 +144,7 @@ std::vector<int32_t> RetainStep::Choose(int64_t row, const RetainRow& r, int64_t
   std::nth_element(order.begin(), order.begin() + top, order.end(), [&](int32_t a, int32_t b) {
     const float x = scores[numbers[a] - 1];
     const float y = scores[numbers[b] - 1];
-    return x != y ? x > y : a < b;
+    return x != y ? x > y : a > b;
   });
   std::vector<uint8_t> stays(r.places);
   for (int64_t i = 0; i < top; ++i) stays[order[i]] = 1;

@@ -38,7 +38,7 @@ def retained(retain: Retain, numbers: list[int], scores: np.ndarray, incoming: i
         return numbers
     room = max(incoming, retain.block)
     top = max(0, retain.budget - retain.sinks - retain.recent - room)
-    stays = set(sorted(numbers, key=lambda n: (-scores[n], n))[:top])
+    stays = set(sorted(numbers, key=lambda n: (-scores[n], -n))[:top])
     stays |= {n for n in numbers if n < retain.sinks}
     for number in reversed(numbers):
         if len(stays) < retain.budget - room:

@@ -191,14 +191,15 @@ def test_what_is_kept(name: str) -> None:
         assert cache.done <= 41 or set(best) <= set(kept)
 
 
-def test_without_scores_the_newest_stay() -> None:
-    """All older scores decayed to nothing: sinks and the newest tokens, as far as no score forbids it."""
+@pytest.mark.parametrize("score", [0.0, float(np.log(32000)), -3.0])
+def test_of_equal_scores_the_newest_stay(score: float) -> None:
+    """Nothing is known, all decayed to nothing, or all logits were uniform: the sinks and the last tokens."""
     form, feeds = FORMS["gqa"], feeds_of(FORMS["gqa"])
-    feeds["scores"][:] = 0
-    feeds["scores"][0, 20:40] = 1
+    feeds["scores"][:] = score
     cache = Cache(form, Retain(budget=24, sinks=2, recent=0))
-    cache.run(feeds, [20, 20, 2])
-    assert numbers(cache) == [0, 1, *range(20, 42)]
+    for steps in ([20], [20], [2], [1] * 9, [7]):
+        cache.run(feeds, steps)
+    assert numbers(cache) == [0, 1, *range(cache.done - 22, cache.done)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
