@@ -163,16 +163,16 @@ def test_generate_beyond_the_cache(engine: Engine) -> None:
 
 def test_within_the_cache_it_is_the_model(engine: Engine, plain: Engine) -> None:
     ids = np.random.default_rng(8).integers(0, VOCABULARY, (2, BUDGET))
-    found, wanted = (
-        [one.new_state(2).run(token_feed(one, ids[:, :40], 0), ["logits"])["logits"] for one in (engine, plain)]
-    )
+    found, wanted = [
+        one.new_state(2).run(token_feed(one, ids[:, :40], 0), ["logits"])["logits"] for one in (engine, plain)
+    ]
     np.testing.assert_allclose(found, wanted, atol=1e-4)
 
 
 def test_what_there_is_not(engine: Engine, model: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="a prefix does not hold what surprised it"):
         engine.write_prefix([5, 6, 7], tmp_path / "prefix")
-    with pytest.raises(UsageError, match="decay is 1.5"):
+    with pytest.raises(UsageError, match=r"decay is 1\.5"):
         engine.dialogue(decay=1.5)
     with pytest.raises(UsageError, match="a system message needs chat"):
         engine.dialogue(system="x")

@@ -104,7 +104,10 @@ def open_model(
     scores: bool = False,
     **overrides: object,
 ) -> Model:
-    """A session for tensors of the past like `past`, with constants, then scores, behind them; sizes that may grow are symbolic."""
+    """A session for tensors of the past like `past`; sizes that may grow are symbolic.
+
+    Constants, and an input `scores`, come behind the cache.
+    """
     attributes = {**asdict(form), **storage, **overrides}
     attributes = {name: value for name, value in attributes.items() if value is not None}
     inputs = ["query", "key", "value", "valid", *(name if name in optional else "" for name in OPTIONAL)]

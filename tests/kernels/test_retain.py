@@ -299,7 +299,7 @@ def test_what_there_is_not(form: Form, options: dict[str, object], message: str)
 def test_steps_that_are_refused() -> None:
     form, feeds = FORMS["gqa"], feeds_of(FORMS["gqa"])
     cache = Cache(form, RETAIN)
-    with pytest.raises(Exception, match="has 22 new tokens, but a step may have at most .* = 21; read the text in sm"):
+    with pytest.raises(Exception, match=r"has 22 new tokens, but a step may have at most .* = 21; read the text"):
         cache.run(feeds, [22])
     with pytest.raises(Exception, match="counts 30 past tokens of row 0, but its cache is empty"):
         cache.model.run(part(feeds, 30, 31), cache.past)
