@@ -200,6 +200,11 @@ TokenRows PlaceStore::Keys(int64_t row, int64_t, int64_t slot, const TokenSpan& 
   const int64_t d = step_.form.head_size;
   const int64_t place = slot - step_.First(row);
   float* const turned = ThreadFloats(kTurnedKeys, kBlockTokens * d);
+  if (step_.form.rotary == Rotary::kHalf) {
+    pieces_.turn_halves(run.keys, run.count, d, step_.Cosines(row, place), step_.Sines(row, place),
+                        step_.form.rotary_size / 2, turned);
+    return {turned, Type::kFloat, d};
+  }
   pieces_.widen(run.keys.data, run.keys.type, run.count * d, turned);
   for (int64_t t = 0; t < run.count; ++t) {
     RotateRow(step_.form, step_.Cosines(row, place + t), step_.Sines(row, place + t),

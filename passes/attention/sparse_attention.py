@@ -31,6 +31,7 @@ LIMITS = {
     "first": (0, 10**6),
     "last": (0, 10**6),
 }
+FILTERED = "its prompts are filtered by a second graph over the first layers, which is told no scores of tokens"
 LAYERS = ("scheme", "first", "last", "skip")
 """Options that every scheme has."""
 
@@ -144,6 +145,8 @@ class SparseAttention(Pass):
         """Find every layer that the selection can read."""
         sites, left = [], []
         attentions = cached_attention_sites(program.graph)
+        if self._scheme().whole and program.prompt_filter is not None:
+            return Match((), [LeftAlone(one.name, FILTERED) for one in attentions])
         angles, scheme = FarAngles(program.graph), self._scheme()
         for index, attention in enumerate(attentions):
             layer = scheme.for_layer(index, len(attentions))

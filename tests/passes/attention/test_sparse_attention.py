@@ -29,6 +29,7 @@ from effc.passes.attention.cached_attention import CachedAttention
 from effc.passes.attention.kv_cache import KvCache
 from effc.passes.attention.sparse_attention import SparseAttention
 from effc.passes.pipeline_text import format_pipeline, parse_pipeline
+from effc.passes.tokens.prompt_filter import PromptFilter
 
 STEPS = [90, 30, *[1] * 40, 17, *[1] * 20]
 
@@ -365,6 +366,10 @@ def test_all_layers_retain_or_none() -> None:
     assert inside.rotary == "inside"
     assert "numbers added to the scores" in reasons(decoder(bias=True, rotary=True), retain)[0]
     assert "which keeps every token" in reasons(changed(decoder(rotary=True), KvCache("int8")), retain)[0]
+    filtered = changed(decoder(rotary=True), PromptFilter())
+    assert "which is told no scores of tokens" in reasons(filtered, retain)[0]
+    left = PromptFilter().match(retained(decoder(rotary=True))).left
+    assert left[0].reason == "its cache has selection=retain, which knows places and no positions"
     windows = decoder(3, windows=(150, 0, 0), rotary=True)
     assert reasons(windows, retain) == ["its window of 150 tokens bounds what it reads"]
     assert len(retain.match(windows).sites) == 2
