@@ -25,9 +25,30 @@ from effc.errors import InputError
 )
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, metavar="DIR", help="Folder to write.")
 @click.option("--chat", is_flag=True, help="The text is the system message of chats: use the model's chat template.")
+@click.option(
+    "--keep",
+    type=float,
+    metavar="SHARE",
+    help="Share of the prefix that a step reads, with sparse-attention{scheme=clusters}; 0.25.",
+)
+@click.option(
+    "--cluster-tokens",
+    type=int,
+    metavar="N",
+    help="Tokens of a cluster there, the mean; more cost less, and find less surely what matters; 5.",
+)
 @threads_option
 @json_option
-def command(engine: Path, file: Any, output: Path, chat: bool, threads: int | None, as_json: bool) -> None:
+def command(
+    engine: Path,
+    file: Any,
+    output: Path,
+    chat: bool,
+    keep: float | None,
+    cluster_tokens: int | None,
+    threads: int | None,
+    as_json: bool,
+) -> None:
     """Compute the cache of a text that many prompts begin with, for `effc generate ENGINE --prefix DIR`."""
     text = read_text(file)
     if not text:
@@ -35,7 +56,7 @@ def command(engine: Path, file: Any, output: Path, chat: bool, threads: int | No
     from effc.runtime.session import load
 
     with load(engine, threads=threads) as opened:
-        result = opened.write_prefix(text, output, chat=chat)
+        result = opened.write_prefix(text, output, chat=chat, keep=keep, cluster_tokens=cluster_tokens)
     if as_json:
         print_json(result)
     else:

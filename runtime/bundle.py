@@ -58,6 +58,30 @@ class CachePort:
 
 
 @dataclass(frozen=True)
+class ClusterPorts:
+    """The inputs that bring the clusters of a prefix to one attention, and what they are made of.
+
+    Attributes:
+        key: Cache input of its keys.
+        value: Cache input of its values.
+        queries: Cache input of its last queries.
+        dtype: Numpy dtype name of the keys.
+        scale: Factor on the scores.
+        softcap: Softcap of the scores; 0: none.
+        inputs: `centroids`, `ends`, `parents`, `parent_ends` and `thresholds`, in this order. Their axes `clusters` and
+            `parents` are 0 without a prefix. Attentions share the input of the thresholds.
+    """
+
+    key: str
+    value: str
+    queries: str
+    dtype: str
+    scale: float
+    softcap: float
+    inputs: list[Port]
+
+
+@dataclass(frozen=True)
 class CacheLayout:
     """How the engine carries its KV cache.
 
@@ -69,6 +93,7 @@ class CacheLayout:
         layers: For each attention of ours, what one row takes: `site`, `storage`, `bits` and `bits_with_parameters`
             of an element, and at `tokens` tokens `bytes`, `bytes_of_codes` and `dense_bytes` (bfloat16).
         endless: Whether no attention ever meets a position beyond a fixed one, so that any number of tokens will do.
+        clusters: For each attention that reads clusters of a prefix, the inputs that bring them.
         longest_step: Most new tokens of a row in one run; None: any number.
     """
 
@@ -76,6 +101,7 @@ class CacheLayout:
     ports: list[CachePort] = field(default_factory=list)
     layers: list[dict[str, Any]] = field(default_factory=list)
     endless: bool = False
+    clusters: list[ClusterPorts] = field(default_factory=list)
     longest_step: int | None = None
 
 
@@ -239,8 +265,7 @@ def _parse(path: Path, content: Mapping[str, Any]) -> Manifest:
         values["optional_inputs"] = [Port(**port) for port in content.get("optional_inputs", [])]
         values["outputs"] = [Port(**port) for port in values["outputs"]]
         if values["cache"] is not None:
-            ports = [CachePort(**port) for port in values["cache"]["ports"]]
-            values["cache"] = CacheLayout(**{**values["cache"], "ports": ports})
+            values["cache"] = _parse_cache(values["cache"])
         values["prompt_filter"] = _prompt_filter(content.get("prompt_filter"))
         manifest = Manifest(**values)
         for name in (*manifest.models, *manifest.files):
@@ -248,6 +273,15 @@ def _parse(path: Path, content: Mapping[str, Any]) -> Manifest:
         return manifest
     except (KeyError, TypeError, AttributeError) as error:
         raise EngineError(f"{path}: a key is missing or malformed ({error}). Build the engine again.") from error
+
+
+def _parse_cache(content: Mapping[str, Any]) -> CacheLayout:
+    ports = [CachePort(**port) for port in content["ports"]]
+    clusters = [
+        ClusterPorts(**{**one, "inputs": [Port(**port) for port in one["inputs"]]})
+        for one in content.get("clusters", [])
+    ]
+    return CacheLayout(**{**content, "ports": ports, "clusters": clusters})
 
 
 def _prompt_filter(content: Mapping[str, Any] | None) -> PromptFilter | None:

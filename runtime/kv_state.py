@@ -11,6 +11,7 @@ import onnxruntime as ort
 
 from effc.errors import EngineError, UsageError
 from effc.runtime.bundle import CacheLayout, CachePort, Port
+from effc.runtime.clusters import check_clusters, cluster_ports, empty_clusters
 from effc.runtime.tensors import storage_dtype, to_numpy, to_ort
 
 BLOCK = 64
@@ -161,6 +162,7 @@ class KvState:
         self._selects_logits = any(value.name == NUM_LOGITS for value in session.get_overridable_initializers())
         self._binding = session.io_binding()
         self._cache = _make_cache(layout, batch, device, max_length)
+        self._feed_clusters(empty_clusters(layout))
 
     @property
     def buffers(self) -> dict[str, ort.OrtValue]:
@@ -176,16 +178,20 @@ class KvState:
         arrays = self._cache.arrays(self.length)
         return {port.input: arrays[port.input][_kept(port, self.length)].copy() for port in self._layout.ports}
 
-    def restore(self, tensors: Mapping[str, np.ndarray], length: int) -> None:
+    def restore(
+        self, tensors: Mapping[str, np.ndarray], length: int, clusters: Mapping[str, np.ndarray] | None = None
+    ) -> None:
         """Start from the cache of one row, which every row of the batch gets. The arrays are not written to.
 
         Args:
             tensors: What `snapshot` gave of a state with one row.
             length: Tokens it holds, none of them padding.
+            clusters: Clusters of those tokens, as `effc.runtime.clusters.cluster_cache` makes them; None: there are
+                none.
 
         Raises:
             UsageError: They are more than `max_length`, or this state holds tokens already.
-            EngineError: The tensors are not those of this engine at this length.
+            EngineError: The tensors, or the clusters, are not those of this engine at this length.
         """
         if self.length:
             raise UsageError(f"the cache holds {self.length} tokens already. Restore into a new state.")
@@ -194,6 +200,9 @@ class KvState:
                 f"the cache holds at most {self.max_length} tokens, {length} were given. Raise max_length."
             )
         check_snapshot(self._layout, tensors, length)
+        if clusters is not None:
+            check_clusters(self._layout, clusters)
+            self._feed_clusters(clusters)
         self._cache.initial = dict(tensors)
         self.length = length
 
@@ -253,6 +262,11 @@ class KvState:
         self._cache.advance(results)
         self.length = total
         return {name: results[name].numpy() for name in outputs}
+
+    def _feed_clusters(self, clusters: Mapping[str, np.ndarray]) -> None:
+        for port in cluster_ports(self._layout):
+            array = np.ascontiguousarray(clusters[port.name])
+            self._binding.bind_ortvalue_input(port.name, to_ort(array, port.dtype))
 
     def _bind(self, feeds: Mapping[str, np.ndarray], outputs: Sequence[str], total: int) -> None:
         # An output of the last run that stays bound would be taken as a preallocated one of the wrong shape.

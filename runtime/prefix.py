@@ -15,11 +15,13 @@ from effc.errors import EngineError, UsageError
 from effc.runtime import limits
 from effc.runtime.batch import Batch, check_task, prompt_chunk, takes_scores
 from effc.runtime.bundle import numbers_hash
+from effc.runtime.clusters import check_clusters, cluster_cache, cluster_ports
 from effc.runtime.kv_state import check_snapshot
 from effc.runtime.new_folder import new_folder, write_synced
 from effc.runtime.prefix_folder import (
     AGAIN,
     CACHE,
+    CLUSTERS,
     DATA,
     MANIFEST,
     TOKEN_IDS,
@@ -47,12 +49,14 @@ class Prefix:
         manifest: Its manifest.
         token_ids: Ids of the prefix.
         tensors: Cache input name -> tensor of one row. Mapped; what is written to one never reaches the file.
+        clusters: Input name -> clusters of its keys; empty for an engine that reads none.
     """
 
     folder: Path
     manifest: PrefixManifest
     token_ids: list[int]
     tensors: Mapping[str, np.ndarray]
+    clusters: Mapping[str, np.ndarray]
 
     @property
     def length(self) -> int:
@@ -104,6 +108,8 @@ def write_prefix(
     output: str | Path,
     *,
     chat: bool = False,
+    keep: float | None = None,
+    cluster_tokens: int | None = None,
     prefill_chunk: int | None = None,
 ) -> dict[str, Any]:
     """Read the beginning of a prompt and write its cache to a folder.
@@ -114,6 +120,10 @@ def write_prefix(
         output: The folder to write; a prefix already there is replaced.
         chat: Take the text as the system message of a chat: the prefix is what the model's chat template makes of
             it, up to where the user's message begins.
+        keep: Share of the clustered keys that a step reads, above 0 and at most 1, where the engine reads clusters of
+            a prefix; None: a quarter.
+        cluster_tokens: Keys of a cluster there, the mean; None: 5. With more, fewer centroids are compared, and the
+            keys that matter are found less surely.
         prefill_chunk: Tokens read in one run; None as `generate` does.
 
     Returns:
@@ -121,8 +131,9 @@ def write_prefix(
         `seconds` for computing and writing them.
 
     Raises:
-        UsageError: The prefix is empty or leaves no room for a prompt, the task does not generate, the chat template
-            takes no system message, or the cache keeps tokens by their surprise.
+        UsageError: The prefix is empty or leaves no room for a prompt, the task does not generate, the chat
+            template takes no system message, `keep` or `cluster_tokens` is out of range or the engine reads no
+            clusters, or the cache keeps tokens by their surprise.
         EngineError: The engine has no cache, or no tokenizer where one is needed, or fails while running.
         OutputError: The folder cannot be written.
     """
@@ -136,13 +147,16 @@ def write_prefix(
         )
     if prefill_chunk is not None and prefill_chunk < 1:
         raise UsageError(f"prefill_chunk is {prefill_chunk}; give at least 1, or leave it out.")
+    options = _cluster_options(engine, keep, cluster_tokens)
     ids = _prefix_ids(engine, prefix, chat)
     with new_folder(Path(output), MANIFEST, "a prefix") as folder:
         batch = Batch(engine, [ids], 1)
         batch.prefill(prefill_chunk or prompt_chunk(engine, 1, len(ids)))
         cache = batch.state.snapshot()
         tensors = [(TOKEN_IDS, TOKENS, "int64", np.array(ids, np.int64))]
+        clusters = cluster_cache(layout, cache, len(ids), **options)
         tensors += [(port.input, CACHE, port.dtype, cache[port.input]) for port in layout.ports]
+        tensors += [(port.name, CLUSTERS, port.dtype, clusters[port.name]) for port in cluster_ports(layout)]
         stored = write_tensors(folder / DATA, tensors)
         manifest = PrefixManifest(
             effc_version=__version__,
@@ -184,15 +198,18 @@ def open_prefix(engine: Engine, folder: str | Path, *, check: bool = True) -> Pr
     manifest = read_prefix_manifest(folder)
     _check_engine(engine, folder, manifest)
     stored = map_tensors(folder, manifest, check=check)
-    tensors = {name: array for (role, name), array in stored.items() if role == CACHE}
+    tensors, clusters = (
+        {name: array for (role, name), array in stored.items() if role == wanted} for wanted in (CACHE, CLUSTERS)
+    )
     try:
         check_snapshot(layout, tensors, manifest.tokens)
+        check_clusters(layout, clusters)
         ids = limits.checked_ids(engine.manifest.config, "its tokens", stored[TOKENS, TOKEN_IDS])
     except EngineError as error:
         raise EngineError(f"{folder}: {error}") from error
     except UsageError as error:
         raise EngineError(f"{folder}: {error} {AGAIN}") from error
-    return Prefix(folder, manifest, ids, tensors)
+    return Prefix(folder, manifest, ids, tensors, clusters)
 
 
 def start_from(engine: Engine, prefix: str | Path | Prefix, *, chat: bool) -> Prefix:
@@ -214,6 +231,22 @@ def start_from(engine: Engine, prefix: str | Path | Prefix, *, chat: bool) -> Pr
     if prefix.manifest.chat and not chat:
         raise UsageError(f"{prefix.folder}: is the beginning of a chat. Generate with chat.")
     return prefix
+
+
+def _cluster_options(engine: Engine, keep: float | None, cluster_tokens: int | None) -> dict[str, Any]:
+    """Those of `cluster_cache` that were given."""
+    options = {"keep": keep, "cluster_tokens": cluster_tokens}
+    given = {name: value for name, value in options.items() if value is not None}
+    if given and not engine.cache_layout().clusters:
+        raise UsageError(
+            f"{engine.folder}: reads no clusters of a prefix, so it keeps all of it. "
+            f"Leave {' and '.join(given)} out, or build the engine with sparse-attention{{scheme=clusters}}."
+        )
+    if keep is not None and not 0 < keep <= 1:
+        raise UsageError(f"keep is {keep}; give a share above 0 and at most 1.")
+    if cluster_tokens is not None and cluster_tokens < 1:
+        raise UsageError(f"cluster_tokens is {cluster_tokens}; give at least 1.")
+    return given
 
 
 def _check_engine(engine: Engine, folder: Path, manifest: PrefixManifest) -> None:

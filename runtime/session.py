@@ -15,6 +15,7 @@ import onnxruntime as ort
 from effc.errors import EngineError, MissingDependencyError, UsageError
 from effc.runtime.assets import Assets
 from effc.runtime.bundle import CacheLayout, CachePort, Manifest, Port, check_files, read_manifest
+from effc.runtime.clusters import cluster_ports, empty_clusters
 from effc.runtime.continuation import Generation
 from effc.runtime.dialogue import Dialogue
 from effc.runtime.embed import embed
@@ -158,6 +159,7 @@ def _prompt_filter(
 def _check_interface(path: Path, manifest: Manifest, session: ort.InferenceSession) -> None:
     cache = manifest.cache.ports if manifest.cache else []
     inputs = {port.name for port in manifest.inputs} | {port.input for port in cache}
+    inputs |= {port.name for port in cluster_ports(manifest.cache)} if manifest.cache else set()
     outputs = {port.name for port in manifest.outputs} | {port.output for port in cache}
     for kind, listed, actual in (
         ("inputs", inputs, session.get_inputs()),
@@ -230,7 +232,7 @@ class Engine:
             feeds: Input name -> array, exactly as the manifest describes. The inputs of the cache may all be left
                 out: the run then starts from an empty cache. Fed, their length is `total - seq`; an in-place
                 cache may be longer. Element types numpy lacks are fed as unsigned integers of their size or as
-                ml_dtypes arrays.
+                ml_dtypes arrays. Clusters of a prefix are always empty here.
 
         Returns:
             Output name -> array. The cache's outputs are among them when its inputs were fed.
@@ -249,6 +251,8 @@ class Engine:
         values = {port.name: to_ort(np.ascontiguousarray(feeds[port.name]), port.dtype) for port in ports}
         if not fed:
             values.update(_empty_cache(cache, symbols))
+        if self.manifest.cache:
+            values.update(_no_clusters(self.manifest.cache))
         wanted = {port.name: port.dtype for port in self.manifest.outputs}
         wanted.update({port.output: port.dtype for port in fed})
         try:
@@ -374,10 +378,14 @@ class Engine:
         output: str | Path,
         *,
         chat: bool = False,
+        keep: float | None = None,
+        cluster_tokens: int | None = None,
         prefill_chunk: int | None = None,
     ) -> dict[str, Any]:
         """Compute the beginning of prompts once; see `effc.runtime.prefix.write_prefix`."""
-        return write_prefix(self, prefix, output, chat=chat, prefill_chunk=prefill_chunk)
+        return write_prefix(
+            self, prefix, output, chat=chat, keep=keep, cluster_tokens=cluster_tokens, prefill_chunk=prefill_chunk
+        )
 
     def open_prefix(self, folder: str | Path, *, check: bool = True) -> Prefix:
         """Map a prefix, to start from it several times; see `effc.runtime.prefix.open_prefix`."""
@@ -419,6 +427,11 @@ def _check_lengths(mode: str, symbols: Mapping[str, int], fed: bool) -> None:
                 f"{past} tokens are cached, which may fill {past // page} pages of {page}, but the cache has room for "
                 f"{pages}. Feed the cache that the last run gave."
             )
+
+
+def _no_clusters(layout: CacheLayout) -> dict[str, ort.OrtValue]:
+    empty = empty_clusters(layout)
+    return {port.name: to_ort(empty[port.name], port.dtype) for port in cluster_ports(layout)}
 
 
 def _empty_cache(cache: Sequence[CachePort], symbols: Mapping[str, int]) -> dict[str, ort.OrtValue]:

@@ -21,6 +21,9 @@ from effc.runtime.surprise import TOKEN_SCORES
 OTHER_SIZE = 5
 """Size of a symbolic axis with no known meaning: odd, and no other size in use."""
 
+PREFIX = {"clusters": 0, "parents": 0}
+"""Sizes of what only a prefix brings: there is none."""
+
 LONGEST_RING = 1024
 """Windows up to this many tokens are tried with a past that is longer."""
 
@@ -188,7 +191,7 @@ def token_columns(feed: Mapping[str, np.ndarray], start: int, end: int) -> dict[
     for name, array in feed.items():
         if name in ("attention_mask", TOKEN_SCORES):
             parts[name] = array[:, :end]
-        elif array.ndim >= 2 and array.shape[1] == width:
+        elif array.ndim >= 2 and array.size and array.shape[1] == width:
             parts[name] = array[:, start:end]
         else:
             parts[name] = array
@@ -233,7 +236,7 @@ def _size(symbol: str, shape: FeedShape, config: Mapping[str, Any]) -> int:
     if "//" in symbol:
         tokens, _, page = symbol.partition("//")
         return _size(tokens, shape, config) // int(page)
-    known = {"batch": shape.batch, "seq": shape.seq, "past": shape.past, "total": shape.past + shape.seq}
+    known = {"batch": shape.batch, "seq": shape.seq, "past": shape.past, "total": shape.past + shape.seq, **PREFIX}
     total = 0
     for word in symbol.replace(" ", "").split("+"):
         name = _ALIASES.get(word, word)

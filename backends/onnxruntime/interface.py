@@ -13,14 +13,18 @@ from effc.ir.analysis.cached_attention import (
     cached_attention_sites,
     is_cached_attention,
 )
-from effc.ir.dialect.selections import WindowSelection
+from effc.ir.dialect.cached_attention import constant_values
+from effc.ir.dialect.selections import ClusterSelection, WindowSelection
 from effc.ir.program import Program
-from effc.runtime.bundle import CacheLayout, CachePort, Port
+from effc.runtime.bundle import CacheLayout, CachePort, ClusterPorts, Port
 
 
 def ports(program: Program, values: Iterable[ir.Value]) -> list[Port]:
-    """Inputs or outputs that are not cache."""
+    """Inputs or outputs that are neither cache nor clusters of a prefix."""
     cached = {value for pair in program.cache_pairs() for value in pair}
+    for site in cached_attention_sites(program.graph):
+        if isinstance(site.selection, ClusterSelection):
+            cached.update(constant_values(site.node))
     return [Port(str(value.name), _dtype(value), _shape(value)) for value in values if value not in cached]
 
 
@@ -38,7 +42,21 @@ def cache_layout(program: Program) -> CacheLayout | None:
         entries,
         [cache_figures(site) for site in sites],
         endless=bool(sites) and _is_endless(sites),
+        clusters=[_cluster_ports(site) for site in sites if isinstance(site.selection, ClusterSelection)],
         longest_step=min((one for site in sites if (one := site.selection.longest_step)), default=None),
+    )
+
+
+def _cluster_ports(site: CachedAttentionSite) -> ClusterPorts:
+    key, value, queries = site.past
+    return ClusterPorts(
+        key=str(key.name),
+        value=str(value.name),
+        queries=str(queries.name),
+        dtype=_dtype(key),
+        scale=site.form.scale,
+        softcap=site.form.softcap,
+        inputs=[Port(str(one.name), _dtype(one), _shape(one)) for one in constant_values(site.node)],
     )
 
 

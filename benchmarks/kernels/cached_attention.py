@@ -224,9 +224,14 @@ def cached(case: Case, variant: Variant, threads: int) -> tuple[Callable[[], flo
 
 
 def cached_node_runner(
-    case: Case, variant: Variant, caches: dict[str, np.ndarray], count: int, threads: int
+    case: Case,
+    variant: Variant,
+    caches: dict[str, np.ndarray],
+    count: int,
+    threads: int,
+    constants: dict[str, np.ndarray] | None = None,
 ) -> Callable[[], float]:
-    """Runs so many nodes with their caches, whose names end in the number of the node."""
+    """Runs so many nodes with their caches, whose names end in the number of the node, and inputs behind the cache."""
     types = {dtype: type_ for type_, dtype in DTYPES.items()}
     types |= {np.dtype(np.uint8): TensorProto.UINT8, np.dtype(np.int32): TensorProto.INT32}
     nodes, inputs, outputs = [], [], []
@@ -238,7 +243,8 @@ def cached_node_runner(
     attributes = PLAIN | form | scores | variant.attributes
     for i in range(count):
         own = [name for name in caches if name[1:] == str(i)]
-        names = ["query", "key", "value", "valid", "", "", "", *(f"past_{name}" for name in own)]
+        behind = [f"{name}{i}" for name in constants or {}]
+        names = ["query", "key", "value", "valid", "", "", "", *(f"past_{name}" for name in own), *behind]
         results = [f"y{i}", *(f"present_{name}" for name in own)]
         nodes.append(helper.make_node("CachedAttention", names, results, domain="effc", **attributes))
         outputs.append(value(f"y{i}", TensorProto.FLOAT, [1, case.seq, case.heads * SIZE]))
@@ -246,6 +252,10 @@ def cached_node_runner(
     inputs += [value(name, TensorProto.FLOAT, array.shape) for name, array in feeds.items()]
     feeds["valid"] = np.ones((1, case.total), bool)
     inputs.append(value("valid", TensorProto.BOOL, [1, case.total]))
+    for i in range(count):
+        for name, array in (constants or {}).items():
+            feeds[f"{name}{i}"] = array.copy()
+            inputs.append(value(f"{name}{i}", helper.np_dtype_to_tensor_dtype(array.dtype), array.shape))
     return runner(open_session(nodes, inputs, outputs, threads), feeds, caches)
 
 

@@ -1,12 +1,14 @@
 """Speed of decoding steps that read a part of the cache, beside steps that read all of it.
 
 Run: `python benchmarks/kernels/selections.py [--threads 2] [--rounds 9] [--heads 32/8] [--tokens 32768] [--budget 2048]
-[--storages fp32 bf16 int8 int4] [--selections pages topk evict stride]`
+[--storages fp32 bf16 int8 int4] [--selections pages topk clusters evict stride window]`
 
 One new token over a full cache, in equal nodes that together overflow the caches of the processor. The variants take
 turns in one process. Bytes are those that a step needs: with `pages` bounds of all blocks, keys and values of those
-that are read; with `topk` all keys, and values of those that are read; with `evict` all that is kept, and its time is
-the mean of as many steps as lie between two times that the cache is full.
+that are read; with `topk` all keys, and values of those that are read; with `clusters` (of synthetic keys that lie in
+clusters) centroids of all parents, those of the clusters whose parents pass, keys and values of those that are read;
+with `evict` all that is kept, and its time is the mean of as many steps as lie between two times that the cache is
+full; the window is as long as the budget.
 """
 
 from __future__ import annotations
@@ -18,13 +20,24 @@ from dataclasses import replace
 
 import numpy as np
 import onnxruntime as ort
-from cached_attention import DTYPES, SIZE, STORAGES, Case, Variant, cached_node_runner, dense_caches, paged_caches
+from cached_attention import (
+    DTYPES,
+    SIZE,
+    STORAGES,
+    Case,
+    Variant,
+    cached_node_runner,
+    dense_caches,
+    new_tokens,
+    paged_caches,
+)
+from clustered_keys import OBSERVED, clustered_keys, thresholds, tokens_read
 
 from effc import kernels
 from effc.ir.dialect.selections import StrideSelection
 
 NODES = 4
-SELECTIONS = ("pages", "topk", "evict", "stride")
+SELECTIONS = ("pages", "topk", "clusters", "evict", "stride", "window")
 SINKS, RECENT, BLOCK = 4, 32, 16
 DROPPED = 128  # tokens that a full cache drops
 
@@ -36,13 +49,19 @@ def selected(variant: Variant, selection: str, budget: int) -> Variant:
         (variant.attributes[name] for name in ("sinks", "recent", "page")) if paged else (SINKS, RECENT, BLOCK)
     )
     block = 1 if selection == "topk" else block
-    attributes = {"selection": selection, "select_sinks": sinks, "select_recent": recent, "select_block": block}
+    attributes = {
+        "selection": selection,
+        "select_sinks": sinks,
+        "select_recent": recent,
+        "select_block": block,
+        "select_reach": 0.6,
+    }
     return replace(variant, attributes=variant.attributes | attributes | {"select_budget": budget})
 
 
 def evicting(variant: Variant, budget: int) -> Variant:
     """The variant with a cache that drops tokens."""
-    attributes = {"selection": "evict", "select_sinks": SINKS, "select_recent": RECENT, "select_pool": 5}
+    attributes = {"selection": "evict", "select_sinks": SINKS, "select_recent": RECENT, "select_pool": 15}
     places = {"ring": budget + DROPPED, "select_budget": budget, "select_block": DROPPED}
     return replace(variant, attributes=variant.attributes | attributes | places)
 
@@ -53,6 +72,12 @@ def striding(variant: Variant) -> Variant:
     return replace(variant, attributes=variant.attributes | selection)
 
 
+def windowed(variant: Variant, budget: int) -> Variant:
+    """The variant with a window and sinks."""
+    attributes = {"selection": "window", "select_sinks": SINKS, "select_positions": "keep"}
+    return replace(variant, attributes=variant.attributes | attributes | {"ring": budget, "window": budget})
+
+
 def variants_of(name: str, selections: list[str], budget: int) -> dict[str, Variant]:
     """Name -> a storage with everything read, and with each selection that it can have."""
     plain = STORAGES[name]
@@ -61,7 +86,8 @@ def variants_of(name: str, selections: list[str], budget: int) -> dict[str, Vari
         if selection in ("pages", "topk"):
             found[f"{name}, {selection}"] = selected(plain, selection, budget)
         elif "page" not in plain.attributes:
-            found[f"{name}, {selection}"] = evicting(plain, budget) if selection == "evict" else striding(plain)
+            dense = {"evict": evicting(plain, budget), "stride": striding(plain), "window": windowed(plain, budget)}
+            found[f"{name}, {selection}"] = dense[selection]
     return found
 
 
@@ -70,8 +96,11 @@ def first_node(caches: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {name: array for name, array in caches.items() if name[1:] == "0"}
 
 
-def caches_of(case: Case, variant: Variant) -> dict[str, np.ndarray]:
-    """Random caches of one node, with bounds where they are tensors."""
+def caches_of(case: Case, variant: Variant, budget: int) -> dict[str, np.ndarray]:
+    """Random caches of one node, with what the selection keeps beside keys and values."""
+    own = {"evict": evict_caches, "window": window_caches}.get(str(variant.attributes.get("selection")))
+    if own is not None:
+        return own(case, variant, budget)
     if "page" in variant.attributes:
         caches = first_node(paged_caches(case, variant))
         distinct = np.random.default_rng(2).permuted(np.arange(caches["p0"].shape[2]) % 2 == 0)
@@ -85,6 +114,14 @@ def caches_of(case: Case, variant: Variant) -> dict[str, np.ndarray]:
         room = case.total // BLOCK - bounds.shape[2]
         caches["b0"] = np.pad(bounds, ((0, 0), (0, 0), (0, room), (0, 0)))
     return caches
+
+
+def window_caches(case: Case, variant: Variant, budget: int) -> dict[str, np.ndarray]:
+    """Random caches of one node: a full ring, and sinks."""
+    ring, sinks = (
+        first_node(dense_caches(replace(case, total=tokens), DTYPES[variant.type])) for tokens in (budget, SINKS)
+    )
+    return ring | {"c0": sinks["k0"], "d0": sinks["v0"]}
 
 
 def evict_caches(case: Case, variant: Variant, budget: int) -> dict[str, np.ndarray]:
@@ -108,7 +145,7 @@ def mean_of(run: Callable[[], float], count: int) -> Callable[[], float]:
 def bytes_needed(case: Case, variant: Variant, caches: dict[str, np.ndarray], budget: int) -> float:
     """Bytes a step of one node needs."""
     selection = variant.attributes.get("selection", "all")
-    if selection == "evict":
+    if selection in ("evict", "window"):
         return float(sum(caches[name].nbytes for name in ("k0", "v0")))
     if selection == "stride":
         read = StrideSelection().read_at(case.total - 1) / case.total
@@ -126,21 +163,42 @@ def bytes_needed(case: Case, variant: Variant, caches: dict[str, np.ndarray], bu
     return exact + parameters + share * caches["p0"].nbytes
 
 
+def clustered(case: Case, variant: Variant, budget: int, threads: int) -> tuple[Callable[[], float], float]:
+    """Steps that read clusters of a prefix, and the bytes that one node needs."""
+    queries = new_tokens(case)["query"].reshape(case.kv_heads, -1, SIZE)
+    keys, clusters = clustered_keys(case.kv_heads, case.total, SIZE)
+    limits = thresholds(clusters, queries, SIZE**-0.5, budget / (case.total - OBSERVED))
+    tokens, centroids = tokens_read(clusters, limits, queries, SIZE**-0.5)
+    caches = {"k0": keys.astype(DTYPES[variant.type]), "v0": first_node(dense_caches(case, DTYPES[variant.type]))["v0"]}
+    caches["q0"] = np.zeros((1, case.heads, OBSERVED, SIZE), np.float32)
+    every = {f"{key[:-1]}{i}": array for i in range(NODES) for key, array in caches.items()}
+    selection = {"selection": "clusters", "select_recent": OBSERVED}
+    variant = replace(variant, attributes=variant.attributes | selection)
+    constants = clusters | {"thresholds": limits}
+    read = (tokens + case.kv_heads * (OBSERVED + 1)) * 2 * SIZE * keys.astype(DTYPES[variant.type]).itemsize
+    needed = read + 4 * SIZE * (centroids + clusters["parents"].size // SIZE)
+    return cached_node_runner(case, variant, every, NODES, threads, constants), needed
+
+
 def measure(case: Case, storages: list[str], selections: list[str], budget: int, threads: int, rounds: int) -> None:
     """Print one table."""
     variants: dict[str, Variant] = {}
     for name in storages:
-        variants |= variants_of(name, selections, budget)
+        variants |= variants_of(name, [one for one in selections if one != "clusters"], budget)
     runners: dict[str, Callable[[], float]] = {}
     needed = {}
     for name, variant in variants.items():
         evicts = variant.attributes.get("selection") == "evict"
-        caches = evict_caches(case, variant, budget) if evicts else caches_of(case, variant)
+        caches = caches_of(case, variant, budget)
         needed[name] = NODES * bytes_needed(case, variant, caches, budget)
         every = {f"{key[:-1]}{i}": array for i in range(NODES) for key, array in caches.items()}
         run = cached_node_runner(case, variant, every, NODES, threads)
         runners[name] = mean_of(run, DROPPED) if evicts else run
-    times: dict[str, list[float]] = {name: [] for name in variants}
+    for name in storages:
+        if "clusters" in selections and "page" not in STORAGES[name].attributes:
+            runners[f"{name}, clusters"], nbytes = clustered(case, STORAGES[name], budget, threads)
+            needed[f"{name}, clusters"] = NODES * nbytes
+    times: dict[str, list[float]] = {name: [] for name in runners}
     reads = []
     for _ in range(rounds):
         reads.append(kernels.read_bandwidth(1 << 28, threads, rounds=2))
@@ -149,7 +207,7 @@ def measure(case: Case, storages: list[str], selections: list[str], budget: int,
     heads = f"{case.heads}/{case.kv_heads} heads of {SIZE}"
     print(f"{heads}, {case.total} tokens, budget {budget}, {max(reads) / 1e9:.1f} GB/s")
     dense = statistics.median(times[storages[0]])
-    for name in variants:
+    for name in runners:
         median, best = statistics.median(times[name]), min(times[name])
         same = statistics.median(times[name.partition(",")[0]])
         print(

@@ -27,15 +27,12 @@ PAST, BATCH = "past", "batch"
 
 @dataclass(frozen=True)
 class HeadSizes:
-    """Sizes that the tensors of a cache depend on: key/value heads, elements of a key and of a value.
-
-    `group` are the query heads of a key head.
-    """
+    """Sizes that the tensors of a cache depend on: key/value heads, elements of a key and of a value, query heads."""
 
     kv_heads: int
     head_size: int
     value_size: int
-    group: int = 1
+    heads: int = 0
 
 
 @dataclass(frozen=True)

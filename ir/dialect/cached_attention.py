@@ -52,6 +52,9 @@ NO_SELECTION: dict[str, int | float | str] = {
     "select_budget": 0,
     "select_share": 0.0,
     "dense_below": 0,
+    "select_refresh": 0,
+    "select_similarity": 0.0,
+    "select_reach": 0.0,
     "select_positions": "none",
     "select_pool": 0,
     "select_stride": 0,
@@ -107,7 +110,7 @@ class AttentionForm:
     @property
     def sizes(self) -> HeadSizes:
         """Sizes the cache depends on."""
-        return HeadSizes(self.kv_heads, self.head_size, self.value_size, self.heads // self.kv_heads)
+        return HeadSizes(self.kv_heads, self.head_size, self.value_size, self.heads)
 
 
 class CachedAttention(DialectOp):
@@ -166,7 +169,7 @@ class CachedAttention(DialectOp):
         form, storage, selection = attention_form(node), cache_storage(node), token_selection(node)
         if isinstance(storage, DenseStorage) and isinstance(selection, PageSelection):
             return PagesBody(node, tape, form, storage, selection).record()
-        if isinstance(storage, DenseStorage) and isinstance(selection, TopKSelection):
+        if isinstance(storage, DenseStorage) and isinstance(selection, TopKSelection) and not selection.refresh:
             return TopKBody(node, tape, form, storage, selection).record()
         if isinstance(storage, DenseStorage) and isinstance(selection, WindowSelection):
             return WindowBody(node, tape, form, storage, selection).record()
@@ -176,12 +179,9 @@ class CachedAttention(DialectOp):
             return DenseBody(node, tape, form, storage).record()
         if isinstance(storage, StaticStorage):
             return StaticBody(node, tape, form, storage).record()
-        dense = isinstance(storage, DenseStorage)
-        what = f"selection={selection.kind}" if dense else f"storage={storage.kind}"
-        raise InputError(
-            f"node {node.name!r}: CachedAttention with {what} has no body in standard ops, so a portable engine cannot "
-            f"have it. Write a native engine, or leave the pass {'sparse-attention' if dense else 'kv-cache'} out."
-        )
+        if isinstance(storage, DenseStorage):
+            raise _no_body(node, f"selection={selection.kind}", "sparse-attention")
+        raise _no_body(node, f"storage={storage.kind}", "kv-cache")
 
 
 OP = CachedAttention()
@@ -210,7 +210,8 @@ def cached_attention(
         bias: Added to the scaled scores.
         tables: Cosines and sines of the new tokens, with rotary, unless the selection turns tokens by place.
         constants: Behind the cache: scales of keys and values with storage `static`, cosines and sines of far queries
-            with a selection `window` that moves sinks; those of all places, and scores, with a selection `retain`.
+            with a selection `window` that moves sinks, inputs of the graph with a selection `clusters`; those of all
+            places, and scores, with a selection `retain`.
         name: Of the node.
 
     Raises:
@@ -295,6 +296,13 @@ def constant_values(node: ir.Node) -> list[ir.Value]:
 def has_no_kernel(node: ir.Node) -> bool:
     """Whether a node has a form that is always lowered to something else: a cache with static scales."""
     return node.op_type == OP.name and node.attributes["storage"].as_string() == StaticStorage.kind
+
+
+def _no_body(node: ir.Node, what: str, pass_name: str) -> InputError:
+    return InputError(
+        f"node {node.name!r}: CachedAttention with {what} has no body in standard ops, so a portable engine cannot "
+        f"have it. Write a native engine, or leave the pass {pass_name} out."
+    )
 
 
 def _one_width(key_bits: Sequence[int], value_bits: Sequence[int]) -> int:

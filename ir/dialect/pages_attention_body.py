@@ -74,12 +74,12 @@ class PagesBody(SelectedBody):
         halves = self._integers(form.head_size, form.head_size)
         least, most = self.tape.op_multi_out("Split", [bounds, halves], {"axis": 3}, num_outputs=2)
         queries = self._newest()
-        zero = self._number(0)
+        outwards = self._op("Mul", self._op("Abs", queries), self._number(self.selection.reach))
         products = [
-            self._op("MatMul", self._op(name, queries, zero), self._op("Transpose", side, perm=[0, 1, 3, 2]))
-            for name, side in (("Min", least), ("Max", most))
+            self._op("MatMul", self._op(name, queries, outwards), self._op("Transpose", side, perm=[0, 1, 3, 2]))
+            for name, side in (("Sub", least), ("Add", most))
         ]
-        scores = self._op("Mul", self._op("Add", *products), self._number(form.scale))
+        scores = self._op("Mul", self._op("Add", *products), self._number(0.5 * form.scale))
         count = self._op("Shape", bounds, start=2, end=3)
         exists = self._op("Unsqueeze", self._op("Less", self._range(count), self.blocks), self._integers(1, 2))
         scores = self._op("Where", exists, scores, self._number(HIDDEN))

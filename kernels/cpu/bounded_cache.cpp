@@ -43,7 +43,7 @@ void BoundedStorage::Step(const Kernels& kernels, const AttentionOperands& opera
                           float* y) const {
   const NewTokens tokens(form_, operands, parallel);
   const DenseStore store(operands, tokens, past[0], past[1], ring_);
-  const DenseBounds bounds(kernels, form_, past[kBounds]);
+  const DenseBounds bounds(kernels, form_, selection_, past[kBounds]);
   const ChosenSlots chosen =
       ChooseSlots(kernels, form_, operands, tokens, selection_, bounds, parallel);
   Attend(kernels, form_, operands, tokens, store, {&chosen}, parallel, y);

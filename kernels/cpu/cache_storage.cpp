@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "cpu/bounded_cache.h"
+#include "cpu/cluster_cache.h"
 #include "cpu/dense_cache.h"
 #include "cpu/evict_cache.h"
 #include "cpu/page_cache.h"
@@ -91,6 +92,15 @@ PageCacheSpec ReadPages(const Attributes& attributes, const AttentionForm& form)
   return spec;
 }
 
+void ReadMemory(const Attributes& attributes, SelectionSpec& spec) {
+  if (spec.block != 1) throw Error("selection 'topk' has blocks of one token");
+  spec.refresh = Between(attributes, "select_refresh", 0, kLargestSize);
+  spec.similarity = FiniteFloat(attributes, "select_similarity");
+  if (spec.similarity >= -1 && spec.similarity <= 1) return;
+  throw Error("attribute 'select_similarity' is " + std::to_string(spec.similarity) +
+              "; it must be from -1 to 1");
+}
+
 SelectionSpec ReadEvict(const Attributes& attributes, SelectionSpec spec) {
   spec.sinks = Between(attributes, "select_sinks", 0, kLargestSize);
   spec.recent = Between(attributes, "select_recent", 1, kLargestSize);
@@ -131,6 +141,7 @@ SelectionSpec ReadSelection(const Attributes& attributes, const AttentionForm& f
                                     {"pages", SelectionKind::kPages},
                                     {"topk", SelectionKind::kTopK},
                                     {"window", SelectionKind::kWindow},
+                                    {"clusters", SelectionKind::kClusters},
                                     {"evict", SelectionKind::kEvict},
                                     {"retain", SelectionKind::kRetain},
                                     {"stride", SelectionKind::kStride}});
@@ -146,11 +157,19 @@ SelectionSpec ReadSelection(const Attributes& attributes, const AttentionForm& f
                                           {"cap", FarPositions::kCap}});
     return spec;
   }
+  if (form.window > 0) throw Error("a selection takes no window");
+  if (spec.kind == SelectionKind::kClusters) {
+    spec.recent = Between(attributes, "select_recent", 1, kLargestSize);
+    return spec;
+  }
   spec.sinks = Between(attributes, "select_sinks", 0, kLargestSize);
   spec.recent = Between(attributes, "select_recent", 0, kLargestSize);
   spec.block = Between(attributes, "select_block", 1, kMaxPage);
-  if (spec.kind == SelectionKind::kTopK && spec.block != 1) {
-    throw Error("selection 'topk' has blocks of one token");
+  if (spec.kind == SelectionKind::kTopK) ReadMemory(attributes, spec);
+  spec.reach = FiniteFloat(attributes, "select_reach");
+  if (spec.reach < 0 || spec.reach > 1) {
+    throw Error("attribute 'select_reach' is " + std::to_string(spec.reach) +
+                "; it must be from 0 to 1");
   }
   spec.budget = Between(attributes, "select_budget", 0, INT32_MAX);
   spec.dense_below = Between(attributes, "dense_below", 0, INT32_MAX);
@@ -159,7 +178,6 @@ SelectionSpec ReadSelection(const Attributes& attributes, const AttentionForm& f
     throw Error("attribute 'select_share' is " + std::to_string(spec.share) +
                 "; it must be from 0 to 1");
   }
-  if (form.window > 0) throw Error("a selection takes no window");
   if (form.scale < 0) throw Error("a selection takes no negative scale");
   return spec;
 }
@@ -183,6 +201,9 @@ std::unique_ptr<CacheStorage> ReadDense(const AttentionForm& form, int64_t ring,
   }
   if (selection.kind == SelectionKind::kTopK) {
     return std::make_unique<VotedStorage>(form, selection);
+  }
+  if (selection.kind == SelectionKind::kClusters) {
+    return std::make_unique<ClusterStorage>(form, selection);
   }
   return std::make_unique<DenseStorage>(form, ring);
 }

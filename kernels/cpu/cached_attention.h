@@ -29,6 +29,19 @@ struct AttentionForm {
   int64_t group() const { return heads / kv_heads; }
 };
 
+// Clusters of the first cached tokens of every row, by key head: cluster j is the slots from where
+// the one before it ends, and parents are runs of clusters.
+struct TokenClusters {
+  Type type = Type::kFloat;              // of centroids and parents
+  const char* centroids = nullptr;       // [K, count, D]
+  const int32_t* ends = nullptr;         // [K, count]
+  int64_t count = 0;                     // 0: there are none
+  const char* parents = nullptr;         // [K, parent_count, D]
+  const int32_t* parent_ends = nullptr;  // [K, parent_count]: clusters
+  int64_t parent_count = 0;
+  const float* thresholds = nullptr;  // of parents, of clusters
+};
+
 // The operands of one step: B rows, S new tokens, T tokens in all.
 struct AttentionOperands {
   int64_t batch = 0;
@@ -48,6 +61,7 @@ struct AttentionOperands {
   const float* far_sine = nullptr;
   int64_t far_batch = 1;
   const float* scores = nullptr;  // [B, T] of a storage that reads them
+  TokenClusters clusters;
 
   int64_t past() const { return total - seq; }
 };

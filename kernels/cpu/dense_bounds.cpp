@@ -1,5 +1,6 @@
 #include "cpu/dense_bounds.h"
 
+#include <cmath>
 #include <cstring>
 #include <limits>
 #include <vector>
@@ -14,22 +15,24 @@ char* BoundsOf(const CacheTensor& tensor, int64_t row, int64_t head, int64_t blo
 
 }  // namespace
 
-// The bound is a product as well: sum of min(q, 0) * minimum + max(q, 0) * maximum.
+// With middle (minimum + maximum) / 2 and half width (maximum - minimum) / 2 of a channel, the
+// score is a product as well: sum of (q - reach |q|) / 2 * minimum + (q + reach |q|) / 2 * maximum.
 void DenseBounds::Score(int64_t row, int64_t head, const float* queries, int64_t m, int64_t begin,
                         int64_t end, float* scores, int64_t stride) const {
   const int64_t d = form_.head_size;
   const int64_t width = PaddedRow(2 * d);
-  float* const signs = ThreadFloats(kPageQueries, m * width);
-  std::fill(signs, signs + m * width, 0.0f);
+  float* const halves = ThreadFloats(kPageQueries, m * width);
+  std::fill(halves, halves + m * width, 0.0f);
   for (int64_t i = 0; i < m; ++i) {
     for (int64_t j = 0; j < d; ++j) {
       const float q = queries[i * PaddedRow(d) + j];
-      signs[i * width + j] = std::min(q, 0.0f);
-      signs[i * width + d + j] = std::max(q, 0.0f);
+      const float outwards = spec_.reach * std::fabs(q);
+      halves[i * width + j] = 0.5f * (q - outwards);
+      halves[i * width + d + j] = 0.5f * (q + outwards);
     }
   }
   const TokenRows rows{BoundsOf(bounds_, row, head, begin), bounds_.type, 2 * d};
-  kernels_.attention->scores(signs, width, m, rows, end - begin, 2 * d, scores + begin, stride, 0);
+  kernels_.attention->scores(halves, width, m, rows, end - begin, 2 * d, scores + begin, stride, 0);
 }
 
 void WriteBounds(const Kernels& kernels, const AttentionOperands& operands, int64_t start,

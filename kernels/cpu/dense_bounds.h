@@ -10,8 +10,9 @@ namespace effc {
 // keys.
 class DenseBounds : public BlockBounds {
  public:
-  DenseBounds(const Kernels& kernels, const AttentionForm& form, const CacheTensor& bounds)
-      : kernels_(kernels), form_(form), bounds_(bounds) {}
+  DenseBounds(const Kernels& kernels, const AttentionForm& form, const SelectionSpec& spec,
+              const CacheTensor& bounds)
+      : kernels_(kernels), form_(form), spec_(spec), bounds_(bounds) {}
 
   void Score(int64_t row, int64_t head, const float* queries, int64_t m, int64_t begin, int64_t end,
              float* scores, int64_t stride) const override;
@@ -19,6 +20,7 @@ class DenseBounds : public BlockBounds {
  private:
   const Kernels& kernels_;
   const AttentionForm& form_;
+  const SelectionSpec& spec_;
   const CacheTensor& bounds_;
 };
 

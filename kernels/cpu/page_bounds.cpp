@@ -1,5 +1,6 @@
 #include "cpu/page_bounds.h"
 
+#include <cmath>
 #include <limits>
 
 namespace effc {
@@ -23,8 +24,8 @@ void PageBounds::Score(int64_t row, int64_t head, const float* queries, int64_t 
   }
 }
 
-// Keys of a channel are from minimum to minimum + scale * levels, so the bound of a group is the
-// product of the parameters, which follow each other, with max(q, 0) * levels and q.
+// Keys of a channel are from minimum to minimum + scale * levels, so the score of a group is the
+// product of the parameters, which follow each other, with (q + reach |q|) / 2 * levels and q.
 void PageBounds::RaisePanel(const PanelLayout& panel, const uint8_t* pages, const float* queries,
                             int64_t m, int64_t count, float* scores, int64_t stride) const {
   const int64_t d = panel.rows;
@@ -42,7 +43,7 @@ void PageBounds::RaisePanel(const PanelLayout& panel, const uint8_t* pages, cons
     for (int64_t i = 0; i < m; ++i) {
       for (int64_t j = 0; j < d; ++j) {
         const float q = queries[i * PaddedRow(d) + j];
-        folded[i * padded + j * groups + group] = std::max(q, 0.0f) * levels;
+        folded[i * padded + j * groups + group] = 0.5f * (q + spec_.reach * std::fabs(q)) * levels;
         folded[i * padded + panel.parameters + j * groups + group] = q;
       }
     }

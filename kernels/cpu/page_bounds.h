@@ -8,7 +8,8 @@ namespace effc {
 
 class PageBounds : public BlockBounds {
  public:
-  PageBounds(const Kernels& kernels, const PageStep& step) : kernels_(kernels), step_(step) {}
+  PageBounds(const Kernels& kernels, const SelectionSpec& spec, const PageStep& step)
+      : kernels_(kernels), spec_(spec), step_(step) {}
 
   void Score(int64_t row, int64_t head, const float* queries, int64_t m, int64_t begin, int64_t end,
              float* scores, int64_t stride) const override;
@@ -18,6 +19,7 @@ class PageBounds : public BlockBounds {
                   int64_t count, float* scores, int64_t stride) const;
 
   const Kernels& kernels_;
+  const SelectionSpec& spec_;
   const PageStep& step_;
 };
 

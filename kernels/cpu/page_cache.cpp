@@ -20,6 +20,9 @@ PageStorage::PageStorage(const AttentionForm& form, const PageCacheSpec& spec,
   if (pages && !HasBounds(spec.page)) {
     throw Error("selection 'pages' needs keys that are coded by channel in less than 16 bits");
   }
+  if (selection.refresh > 0) {
+    throw Error("storage 'pages' does not remember what was chosen; select_refresh must be 0");
+  }
   if (selection.sinks != spec.sinks || selection.recent != spec.recent ||
       (pages && selection.block != spec.page.page)) {
     throw Error("the selection has other sinks, recent tokens or blocks than the pages");
@@ -64,7 +67,7 @@ VotedSlots PageStorage::Choose(const Kernels& kernels, const PageStep& step, con
     return VoteForTokens(kernels, form_, step.operands, step.tokens, store, selection_, parallel);
   }
   if (selection_.kind == SelectionKind::kAll) return {};
-  const PageBounds bounds(kernels, step);
+  const PageBounds bounds(kernels, selection_, step);
   return {ChooseSlots(kernels, form_, step.operands, step.tokens, selection_, bounds, parallel),
           {}};
 }

@@ -11,7 +11,16 @@
 
 namespace effc {
 
-enum class SelectionKind : int32_t { kAll, kPages, kTopK, kWindow, kEvict, kRetain, kStride };
+enum class SelectionKind : int32_t {
+  kAll,
+  kPages,
+  kTopK,
+  kWindow,
+  kClusters,
+  kEvict,
+  kRetain,
+  kStride
+};
 
 // How far sinks are from a query that reads them beyond its window.
 enum class FarPositions : int32_t {
@@ -22,19 +31,23 @@ enum class FarPositions : int32_t {
 
 // The attributes of a selection. kPages: a row's tokens before a step are `sinks` first ones, whole
 // blocks, and at least `recent` last ones; a step chooses among the blocks. kTopK: the same with
-// blocks of one token. kWindow: `sinks` first ones are read besides the window. kEvict: the cache
-// keeps `budget` tokens, `sinks` first and `recent` last ones among them, and loses `block` tokens
-// when it is full. kRetain: the cache has room for `budget` tokens, `sinks` first and `recent` last
-// ones among them, and makes room for `block` tokens at least when it is full. kStride: `sinks`
-// first tokens, `recent` last ones in whole blocks, and every `stride`-th block are read.
+// blocks of one token. kWindow: `sinks` first ones are read besides the window. kClusters: the
+// queries of the `recent` last tokens are kept. kEvict: the cache keeps `budget` tokens, `sinks`
+// first and `recent` last ones among them, and loses `block` tokens when it is full. kRetain: the
+// cache has room for `budget` tokens, `sinks` first and `recent` last ones among them, and makes
+// room for `block` tokens at least when it is full. kStride: `sinks` first tokens, `recent` last
+// ones in whole blocks, and every `stride`-th block are read.
 struct SelectionSpec {
   SelectionKind kind = SelectionKind::kAll;
   int64_t sinks = 0;
   int64_t recent = 0;
-  int64_t block = 0;        // tokens
-  int64_t budget = 0;       // tokens chosen, at least
-  float share = 0;          // of the blocks chosen, at least
+  int64_t block = 0;   // tokens
+  int64_t budget = 0;  // tokens chosen, at least
+  float share = 0;     // of the blocks chosen, at least
+  float reach = 1;     // kPages: of what ranks a block, from the middle of its keys to the bound
   int64_t dense_below = 0;  // with fewer tokens everything is read
+  int64_t refresh = 0;      // kTopK: a choice serves fewer steps than this; 0: one
+  float similarity = 1;     // kTopK: and queries whose cosine with its own is at least this
   FarPositions positions = FarPositions::kKeep;
   int64_t stride = 1;  // kStride: blocks
   int64_t pool = 1;    // kEvict: tokens over which votes are averaged, odd
@@ -76,14 +89,15 @@ class ChosenSlots {
   std::vector<std::vector<SlotRun>> runs_;
 };
 
-// What is known of the blocks of a cache without reading their tokens.
+// What is known of the blocks of a cache without reading their tokens: every key lies in a box.
 class BlockBounds {
  public:
   virtual ~BlockBounds() = default;
-  // bounds[i * stride + b] >= dot(query row i, every key of block b), for blocks [begin, end) of a
-  // row and key head. Rows of queries are PaddedRow(D) apart.
+  // scores[i * stride + b] = the product of query row i with the middle of the box of block b, and
+  // `reach` times the way from there to the largest product that a key in the box can have; for
+  // blocks [begin, end) of a row and key head. Rows of queries are PaddedRow(D) apart.
   virtual void Score(int64_t row, int64_t head, const float* queries, int64_t m, int64_t begin,
-                     int64_t end, float* bounds, int64_t stride) const = 0;
+                     int64_t end, float* scores, int64_t stride) const = 0;
 };
 
 // Chooses blocks for a step of one new token; a step of several reads everything.

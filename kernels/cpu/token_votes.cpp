@@ -72,16 +72,18 @@ class Voting {
         spec_(spec),
         reader_(kernels, form, store) {}
 
-  VotedSlots Run(const ParallelFunction& parallel) {
+  VotedSlots Run(const ParallelFunction& parallel, const std::vector<uint8_t>& decided) {
     voted_.shares.resize(operands_.batch);
-    for (int64_t row = 0; row < operands_.batch; ++row) AddRow(row);
-    if (rows_.empty()) return {};
+    voted_.chosen = ChosenSlots(operands_.batch, 1);
+    for (int64_t row = 0; row < operands_.batch; ++row) {
+      if (decided.empty() || !decided[row]) AddRow(row);
+    }
+    if (rows_.empty()) return std::move(voted_);
     TakeMemory();
     ForEachPart(parallel, form_.kv_heads,
                 [&](VotingRow& row, int64_t part, int64_t head) { Score(row, part, head); });
     for (const VotingRow& row : rows_) JoinParts(row);
     ForEachPart(parallel, 1, [&](VotingRow& row, int64_t part, int64_t) { Vote(row, part); });
-    voted_.chosen = ChosenSlots(operands_.batch, 1);
     parallel(static_cast<int64_t>(rows_.size()), 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) Choose(rows_[i]);
     });
@@ -234,10 +236,10 @@ class Voting {
 VotedSlots VoteForTokens(const Kernels& kernels, const AttentionForm& form,
                          const AttentionOperands& operands, const NewTokens& tokens,
                          const TokenStore& store, const SelectionSpec& spec,
-                         const ParallelFunction& parallel) {
+                         const ParallelFunction& parallel, const std::vector<uint8_t>& decided) {
   if (operands.bias != nullptr) throw Error("a selection takes no bias");
   if (operands.seq != 1) return {};
-  return Voting(kernels, form, operands, tokens, store, spec).Run(parallel);
+  return Voting(kernels, form, operands, tokens, store, spec).Run(parallel, decided);
 }
 
 }  // namespace effc

@@ -32,10 +32,12 @@ struct VotedSlots {
   Reads reads() const { return {&chosen, nullptr, shares.empty() ? nullptr : shares.data()}; }
 };
 
-// Chooses tokens for a step of one new token; a step of several reads everything.
+// Chooses tokens for a step of one new token, in all rows but those of `decided` (of each row, or
+// empty); a step of several reads everything.
 VotedSlots VoteForTokens(const Kernels& kernels, const AttentionForm& form,
                          const AttentionOperands& operands, const NewTokens& tokens,
                          const TokenStore& store, const SelectionSpec& spec,
-                         const ParallelFunction& parallel);
+                         const ParallelFunction& parallel,
+                         const std::vector<uint8_t>& decided = {});
 
 }  // namespace effc

@@ -8,6 +8,7 @@ namespace effc::ort {
 namespace {
 
 enum Operand : size_t { kQuery, kKey, kValue, kValid, kBias, kCos, kSin };
+constexpr size_t kClusterInputs = 5;
 constexpr const char* kNames[] = {"query", "key", "value", "valid", "bias", "cos", "sin"};
 
 const char* TypeName(Type type) {
@@ -63,8 +64,9 @@ CachedAttentionKernel::CachedAttentionKernel(OrtApi* table, const OrtKernelInfo*
     size_t count = 0;
     Check(api_.KernelInfoGetInputCount(info, &count));
     const size_t tensors = storage_->Tensors(-1).size();
-    const size_t angles = storage_->far_positions() > 0 ? 2 : 0;
-    const size_t needed = kFirstPast + tensors + angles + (storage_->reads_scores() ? 1 : 0);
+    const size_t needed = kFirstPast + tensors + (storage_->far_positions() > 0 ? 2 : 0) +
+                          (storage_->reads_scores() ? 1 : 0) +
+                          (storage_->has_clusters() ? kClusterInputs : 0);
     if (count != needed) {
       throw Error("it has " + std::to_string(count) + " inputs; this storage needs " +
                   std::to_string(needed) + ", " + std::to_string(tensors) +
@@ -123,6 +125,7 @@ AttentionOperands CachedAttentionKernel::ReadOperands(const OrtKernelContext* co
   ReadAngles(context, operands);
   ReadFarAngles(context, operands);
   ReadScores(context, operands);
+  ReadClusters(context, operands);
   return operands;
 }
 
@@ -199,41 +202,66 @@ void CachedAttentionKernel::ReadScores(const OrtKernelContext* context,
                                        AttentionOperands& operands) const {
   if (!storage_->reads_scores()) return;
   const size_t angles = storage_->far_positions() > 0 ? 2 : 0;
-  std::vector<int64_t> dims;
-  const Tensor tensor =
-      NodeKernel::Input(context, kFirstPast + storage_->Tensors(-1).size() + angles, &dims);
-  if (tensor.type != Type::kFloat) {
-    throw Error(std::string("scores is ") + TypeName(tensor.type) + ", but must be float32");
+  const size_t index = kFirstPast + storage_->Tensors(-1).size() + angles;
+  const std::vector<int64_t> dims = {operands.batch, operands.total};
+  const CacheTensor scores = ReadTensor(context, index, {"scores", {Type::kFloat}, dims});
+  operands.scores = reinterpret_cast<const float*>(scores.data);
+}
+
+void CachedAttentionKernel::ReadClusters(const OrtKernelContext* context,
+                                         AttentionOperands& operands) const {
+  if (!storage_->has_clusters()) return;
+  const size_t first = kFirstPast + storage_->Tensors(-1).size();
+  const int64_t heads = form_.kv_heads;
+  const std::vector<Type> floats = {Type::kFloat, Type::kFloat16, Type::kBfloat16};
+  const std::vector<int64_t> vectors = {1, heads, -1, form_.head_size};
+  TokenClusters& clusters = operands.clusters;
+  const auto read = [&](size_t index, const char* name, const std::vector<Type>& types,
+                        const std::vector<int64_t>& dims) {
+    return ReadTensor(context, first + index, {name, types, dims});
+  };
+  const CacheTensor centroids = read(0, "centroids", floats, vectors);
+  clusters.type = centroids.type;
+  clusters.centroids = centroids.data;
+  clusters.count = centroids.dims[2];
+  const CacheTensor ends = read(1, "ends", {Type::kInt32}, {1, heads, clusters.count});
+  clusters.ends = reinterpret_cast<const int32_t*>(ends.data);
+  const CacheTensor parents = read(2, "parents", {clusters.type}, vectors);
+  clusters.parents = parents.data;
+  clusters.parent_count = parents.dims[2];
+  const CacheTensor parent_ends =
+      read(3, "parent ends", {Type::kInt32}, {1, heads, clusters.parent_count});
+  clusters.parent_ends = reinterpret_cast<const int32_t*>(parent_ends.data);
+  const CacheTensor thresholds = read(4, "thresholds", {Type::kFloat}, {2});
+  clusters.thresholds = reinterpret_cast<const float*>(thresholds.data);
+}
+
+CacheTensor CachedAttentionKernel::ReadTensor(const OrtKernelContext* context, size_t index,
+                                              const CacheTensorForm& form) const {
+  CacheTensor found;
+  const Tensor tensor = NodeKernel::Input(context, index, &found.dims);
+  if (!Fits(found.dims, form.dims)) RefuseShape(form.name, found.dims, WantedText(form.dims));
+  std::string types;
+  bool known = false;
+  for (const Type type : form.types) {
+    known = known || type == tensor.type;
+    if (!types.empty()) types += ", ";
+    types += TypeName(type);
   }
-  if (!Fits(dims, {operands.batch, operands.total})) {
-    RefuseShape("scores", dims, WantedText({operands.batch, operands.total}));
+  if (!known) {
+    throw Error(std::string(form.name) + " is " + TypeName(tensor.type) + "; it must be " +
+                (form.types.size() > 1 ? "one of " : "") + types);
   }
-  operands.scores = tensor.as<float>();
+  found.data = static_cast<char*>(const_cast<void*>(tensor.data));
+  found.type = tensor.type;
+  return found;
 }
 
 std::vector<CacheTensor> CachedAttentionKernel::ReadPast(const OrtKernelContext* context,
                                                          const AttentionOperands& operands) const {
-  const std::vector<CacheTensorForm> forms = storage_->Tensors(operands.batch);
-  std::vector<CacheTensor> past(forms.size());
-  for (size_t i = 0; i < forms.size(); ++i) {
-    const Tensor tensor = NodeKernel::Input(context, kFirstPast + i, &past[i].dims);
-    const CacheTensorForm& form = forms[i];
-    if (!Fits(past[i].dims, form.dims)) {
-      RefuseShape(form.name, past[i].dims, WantedText(form.dims));
-    }
-    std::string types;
-    bool known = false;
-    for (const Type type : form.types) {
-      known = known || type == tensor.type;
-      if (!types.empty()) types += ", ";
-      types += TypeName(type);
-    }
-    if (!known) {
-      throw Error(std::string(form.name) + " is " + TypeName(tensor.type) + "; it must be one of " +
-                  types);
-    }
-    past[i].data = static_cast<char*>(const_cast<void*>(tensor.data));
-    past[i].type = tensor.type;
+  std::vector<CacheTensor> past;
+  for (const CacheTensorForm& form : storage_->Tensors(operands.batch)) {
+    past.push_back(ReadTensor(context, kFirstPast + past.size(), form));
   }
   storage_->CheckPast(past, operands.past());
   return past;

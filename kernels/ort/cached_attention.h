@@ -28,10 +28,13 @@ class CachedAttentionKernel : public NodeKernel {
   void ReadBias(const OrtKernelContext* context, AttentionOperands& operands) const;
   void ReadFarAngles(const OrtKernelContext* context, AttentionOperands& operands) const;
   void ReadScores(const OrtKernelContext* context, AttentionOperands& operands) const;
+  void ReadClusters(const OrtKernelContext* context, AttentionOperands& operands) const;
   void ReadAngles(const OrtKernelContext* context, AttentionOperands& operands) const;
   Input Operand(const OrtKernelContext* context, size_t index, Type type) const;
   const float* Required(const OrtKernelContext* context, size_t index,
                         const std::vector<int64_t>& wanted) const;
+  CacheTensor ReadTensor(const OrtKernelContext* context, size_t index,
+                         const CacheTensorForm& form) const;
   std::vector<CacheTensor> ReadPast(const OrtKernelContext* context,
                                     const AttentionOperands& operands) const;
 

@@ -7,12 +7,15 @@ from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
 from typing import ClassVar, Literal
 
+import onnx_ir as ir
+
 from effc.errors import UsageError
 from effc.ir.analysis.cached_attention import CachedAttentionSite, cached_attention_sites, selection_figures
-from effc.ir.dialect.selections import AllTokens
+from effc.ir.dialect.selections import AllTokens, ClusterSelection
 from effc.ir.program import Program
 from effc.passes.attention.cache_change import change_cache
 from effc.passes.attention.cached_attention import CachedAttention
+from effc.passes.attention.cluster_inputs import cluster_inputs
 from effc.passes.attention.far_angles import FarAngles
 from effc.passes.attention.raising import other_attention
 from effc.passes.attention.selection_schemes import SCHEMES, Change, SelectionScheme
@@ -28,6 +31,7 @@ LIMITS = {
     "pool": (1, 255),
     "stride": (1, 2**20),
     "dense_below": (0, 2**31 - 1),
+    "refresh": (0, 2**20),
     "first": (0, 10**6),
     "last": (0, 10**6),
 }
@@ -68,7 +72,8 @@ class SparseAttention(Pass):
     Attributes:
         scheme: `pages`: blocks of tokens by the least and the largest element of every key channel (Quest). `topk`:
             single tokens by the attention of all heads together (TokenSelect). `window`: the last tokens in a ring and
-            the first ones (StreamingLLM, LM-Infinite). `evict`: those that the last queries attend to, the others
+            the first ones (StreamingLLM, LM-Infinite). `clusters`: of a prefix made with `effc prefix`, the clusters of
+            keys that matter to a query (Squeezed Attention). `evict`: those that the last queries attend to, the others
             dropped (SnapKV). `retain`: those that surprised the model most, the others dropped (SirLLM). `stride`: the
             last blocks and one in so many of those before (LongGen).
         budget: `pages`: tokens in blocks that a step reads, `topk`: tokens that it reads the values of, at least; None:
@@ -82,17 +87,22 @@ class SparseAttention(Pass):
         sinks: Tokens at the start that every step reads; None: 4, or as the coded cache keeps them.
         recent: Tokens at the end that every step reads: with `pages` at least so many, None: 32, or as the coded cache
             keeps them; with `topk` exactly so many, None: 32; with `window` too, the new one included, None: 1024; with
-            `evict` those whose queries choose what stays, None: 32; with `retain` those that stay whatever they are
-            worth, None: one in 8 of the budget; with `stride` those of the near blocks, that of the new token included,
-            None: 512.
+            `clusters` those of a prefix whose queries set its thresholds, None: 100; with `evict` those whose queries
+            choose what stays, None: 32; with `retain` those that stay whatever they are worth, None: one in 8 of the
+            budget; with `stride` those of the near blocks, that of the new token included, None: 512.
         positions: `window`: how far the sinks are from a query that reads them beyond its window. `compact`: as if they
             came right before the window (StreamingLLM). `cap`: as far as the window is long (LM-Infinite). `keep`: as
             far as they are, which a model knows only up to the length it was trained on. None: `compact`.
-        pool: `evict`: tokens over which the attention is averaged before the best ones are chosen, odd; None: 5.
+        pool: `evict`: tokens over which the attention is averaged before the best ones are chosen, odd; None: 15.
         pyramid: `evict`: budgets that fall from layer to layer, `budget` on average (PyramidKV); None: all alike.
         stride: `stride`: of the blocks that are not near, one in so many is read; None: 16.
         middle: `stride`: whether the middle third of the layers reads the pattern, too; None: it reads everything.
         dense_below: `pages`, `topk`: with fewer cached tokens than this, everything is read.
+        reach: `pages`: what ranks a block, from 0, the score of the middle of its bounds, to 1, the largest score that
+            they allow (Quest); None: 0.6, which is better than either.
+        refresh: `topk`: most steps that one choice of tokens serves, over a dense cache; None: 1.
+        similarity: `topk` with `refresh`: cosine of a query with the one that chose, from which on the choice serves
+            it; None: 0.9.
         first: Layers at the start that are left alone; None: 2 with `pages` and `topk`, since attention is spread most
             widely there, else 0.
         last: Layers at the end that are left alone.
@@ -101,7 +111,7 @@ class SparseAttention(Pass):
 
     name: ClassVar[str] = "sparse-attention"
     contract: ClassVar[Contract] = Contract.APPROXIMATE
-    scheme: Literal["pages", "topk", "window", "evict", "retain", "stride"] = "pages"
+    scheme: Literal["pages", "topk", "window", "clusters", "evict", "retain", "stride"] = "pages"
     budget: int | None = field(default=None, metadata={"range": "0 or more"})
     share: float | None = field(default=None, metadata={"range": "above 0, to 1"})
     block: int | None = field(default=None, metadata={"range": "1 to 256"})
@@ -113,6 +123,9 @@ class SparseAttention(Pass):
     stride: int | None = field(default=None, metadata={"range": "1 to 1048576"})
     middle: bool | None = None
     dense_below: int | None = field(default=None, metadata={"range": "0 or more"})
+    reach: float | None = field(default=None, metadata={"range": "0 to 1"})
+    refresh: int | None = field(default=None, metadata={"range": "0 or more"})
+    similarity: float | None = field(default=None, metadata={"range": "-1 to 1"})
     first: int | None = field(default=None, metadata={"range": "0 or more"})
     last: int = field(default=0, metadata={"range": "0 or more"})
     skip: tuple[str, ...] = ()
@@ -124,6 +137,10 @@ class SparseAttention(Pass):
                 raise UsageError(f"{name.replace('_', '-')} is {value}, it must be from {low} to {high}.")
         if self.share is not None and not 0 < self.share <= 1:
             raise UsageError(f"share is {self.share}, it must be above 0 and at most 1.")
+        if self.reach is not None and not 0 <= self.reach <= 1:
+            raise UsageError(f"reach is {self.reach}, it must be from 0 to 1.")
+        if self.similarity is not None and not -1 <= self.similarity <= 1:
+            raise UsageError(f"similarity is {self.similarity}, it must be from -1 to 1.")
         self._scheme()
 
     def _scheme(self) -> SelectionScheme:
@@ -165,15 +182,12 @@ class SparseAttention(Pass):
         angles = FarAngles(program.graph)
         for site in sites:
             attention, change = site.payload
-            constants = angles.at(attention, change.far) if change.far is not None else []
-            if change.selection.reads_scores:
-                constants.append(token_scores(program.graph, attention.node.inputs[3]))
             change_cache(
                 attention,
                 form=change.form,
                 storage=change.storage,
                 selection=change.selection,
-                constants=constants,
+                constants=_constants(attention, change, angles),
             )
         simplify_program(program)
         layers = [selection_figures(site) for site in cached_attention_sites(program.graph)]
@@ -198,6 +212,16 @@ class SparseAttention(Pass):
             return f"its window of {site.form.window} tokens bounds what it reads"
         reason = change.selection.reason_against(change.form, change.storage)
         return reason or (angles.reason_against(site) if change.far is not None else "")
+
+
+def _constants(site: CachedAttentionSite, change: Change, angles: FarAngles) -> Sequence[ir.Value]:
+    """The inputs behind the cache."""
+    if isinstance(change.selection, ClusterSelection):
+        return cluster_inputs(site, change.form, change.selection)
+    tables = angles.at(site, change.far) if change.far is not None else []
+    valid = site.node.inputs[3]
+    assert valid is not None and isinstance(site.node.graph, ir.Graph)
+    return [*tables, token_scores(site.node.graph, valid)] if change.selection.reads_scores else tables
 
 
 def _all_or_none(sites: list[Site], left: list[LeftAlone], windowed: set[str]) -> tuple[list[Site], list[LeftAlone]]:

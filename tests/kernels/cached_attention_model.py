@@ -8,9 +8,10 @@ from dataclasses import asdict, dataclass
 
 import ml_dtypes
 import numpy as np
+import onnx_ir
 import onnxruntime as ort
 from attention_oracle import Form
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 
 from effc import kernels
 
@@ -33,6 +34,9 @@ ALL_TOKENS: dict[str, object] = {
     "select_positions": "none",
     "select_pool": 0,
     "select_stride": 0,
+    "select_refresh": 0,
+    "select_similarity": 0.0,
+    "select_reach": 0.0,
 }
 DENSE: dict[str, object] = ALL_TOKENS | {
     "storage": "dense",
@@ -134,12 +138,12 @@ def open_model(
     if scores:
         given.append(helper.make_tensor_value_info("scores", TensorProto.FLOAT, ["batch5", "total3"]))
     for i, tensor in enumerate(past):
-        heads, rest = [form.kv_heads] if tensor.ndim > 2 else [], list(tensor.shape[3:])
-        for infos, name, length in ((given, f"past{i}", f"old{i}"), (results, f"present{i}", f"new{i}")):
-            shape = ["batch4", *heads, length, *rest]
-            infos.append(helper.make_tensor_value_info(name, TYPES[tensor.dtype], shape))
+        heads = [tensor.shape[1]] if tensor.ndim > 2 else []
+        for to, word, size in ((given, "past", "old"), (results, "present", "new")):
+            axes = ["batch4", *heads, f"{size}{i}", *tensor.shape[3:]]
+            to.append(helper.make_tensor_value_info(f"{word}{i}", TYPES[tensor.dtype], axes))
     imports = [helper.make_opsetid("", 24), helper.make_opsetid("effc", 1)]
-    tensors = [numpy_helper.from_array(array, name) for name, array in (constants or {}).items()]
+    tensors = [onnx_ir.to_proto(onnx_ir.tensor(array, name=name)) for name, array in (constants or {}).items()]
     graph = helper.make_graph([node], "test", given, results, tensors)
     model = helper.make_model(graph, opset_imports=imports, ir_version=10)
     options = ort.SessionOptions()

@@ -64,6 +64,10 @@ class Cache:
         if self.selection is not None and self.selection.kind == "pages":
             blocks = self.capacity // self.selection.block
             tensors.append(np.zeros((*lead, blocks, 2 * form.head_size), dtype))
+        if self.selection is not None and self.selection.refresh:
+            tensors.append(np.zeros((self.batch, self.capacity), np.uint8))
+            tensors.append(np.zeros((self.batch, form.heads * form.head_size), F32))
+            tensors.append(np.zeros((self.batch, 2), np.int32))
         return tensors
 
     def step(self, feeds: dict[str, np.ndarray], count: int) -> np.ndarray:

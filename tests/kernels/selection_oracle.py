@@ -22,9 +22,12 @@ class Selection:
     budget: int = 0
     share: float = 0.0
     dense_below: int = 0
+    refresh: int = 0
+    similarity: float = 0.0
+    reach: float = 0.6
 
     def attributes(self) -> dict[str, object]:
-        names = ("sinks", "recent", "block", "budget", "share")
+        names = ("sinks", "recent", "block", "budget", "share", "refresh", "similarity", "reach")
         return {
             "selection": self.kind,
             "dense_below": self.dense_below,
@@ -63,12 +66,11 @@ def page_bounds(storage: PageStorage, sizes: HeadSizes, page: np.ndarray) -> np.
     return np.concatenate(found)
 
 
-def upper_bounds(query: np.ndarray, bounds: np.ndarray) -> np.ndarray:
-    """Bound of dot(query [D], key) for keys between bounds [.., 2 * D]."""
+def block_scores(query: np.ndarray, bounds: np.ndarray, reach: float) -> np.ndarray:
+    """From the middle of dot(query [D], key) for keys between bounds [.., 2 * D] towards its largest value."""
     least, most = np.split(bounds.astype(np.float64), 2, axis=-1)
-    return np.asarray(
-        np.minimum(query, 0) @ np.moveaxis(least, -1, -2) + np.maximum(query, 0) @ np.moveaxis(most, -1, -2)
-    )
+    middle, half = (least + most) / 2, (most - least) / 2
+    return np.asarray(middle @ query + reach * (half @ np.abs(query)))
 
 
 def chosen_blocks(form: Form, selection: Selection, queries: np.ndarray, bounds: list[np.ndarray]) -> np.ndarray:
@@ -80,7 +82,8 @@ def chosen_blocks(form: Form, selection: Selection, queries: np.ndarray, bounds:
         queries: [G, D], rotated.
         bounds: Of each block, [any, 2 * D].
     """
-    most = np.array([[upper_bounds(q, one).max() for one in bounds] for q in queries]) * form.scale
+    reach = float(np.float32(selection.reach))
+    most = np.array([[block_scores(q, one, reach).max() for one in bounds] for q in queries]) * form.scale
     top = most.max(axis=1, keepdims=True)
     ranks = (most - top - np.log(np.exp(most - top).sum(axis=1, keepdims=True))).max(axis=0)
     order = np.lexsort((np.arange(len(bounds)), -ranks))

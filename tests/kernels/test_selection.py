@@ -26,12 +26,13 @@ from selected_cache import (
 from selection_oracle import Selection
 
 KINDS = ("pages", "topk")
+OPTIONS = [{"budget": 64}, {"share": 0.25, "reach": 1.0}, {"share": 0.1, "dense_below": 250}]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", FORMS)
 @pytest.mark.parametrize("storage", STORAGES)
-@pytest.mark.parametrize("options", [{"budget": 64}, {"share": 0.25}, {"share": 0.1, "dense_below": 250}], ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_matches_float64(kind: str, name: str, storage: str, options: dict[str, float], isa: str) -> None:
     form, selection = form_for(name, storage), selection_for(kind, storage, **options)
     feeds = tokens_of(form)
@@ -176,6 +177,7 @@ def test_bounds_that_are_not_shared_are_copied() -> None:
         (replace(FORMS["gqa"], scale=-1.0), DENSE, {}, "takes no negative scale"),
         (FORMS["gqa"], DENSE, {"select_block": 0}, "'select_block' is 0"),
         (FORMS["gqa"], DENSE, {"select_share": 1.5}, "'select_share' is 1.5"),
+        (FORMS["gqa"], DENSE, {"select_reach": -0.5}, "'select_reach' is -0.5"),
         (EVEN["gqa"], PAGED["int8"], {"select_recent": 40}, "other sinks, recent tokens or blocks"),
         (EVEN["gqa"], PAGED["int8"], {"selection": "topk", "select_block": 1, "select_sinks": 3}, "other sinks"),
         (FORMS["gqa"], DENSE, {"selection": "topk"}, "has blocks of one token"),

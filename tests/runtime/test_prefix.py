@@ -411,7 +411,7 @@ def test_ids_outside_the_vocabulary_are_refused(make_lm: MakeLm, prefix: Path) -
 def test_tensors_of_other_roles_are_left_alone_but_checked(engine: Engine, prefix: Path) -> None:
     path = prefix / MANIFEST
     manifest = json.loads(path.read_text())
-    extra = {**manifest["tensors"][1], "role": "clusters", "dtype": "later", "shape": None, "new key": 1}
+    extra = {**manifest["tensors"][1], "role": "notes", "dtype": "later", "shape": None, "new key": 1}
     path.write_text(json.dumps({**manifest, "tensors": [*manifest["tensors"], extra], "another": 2}))
     assert engine.generate("a", prefix=prefix)[0].prefix_tokens == len(START)
     path.write_text(json.dumps({**manifest, "tensors": [*manifest["tensors"], {**extra, "sha256": ""}]}))

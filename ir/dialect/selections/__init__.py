@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from effc.ir.dialect.selections.all_tokens import AllTokens
 from effc.ir.dialect.selections.base import TokenSelection
+from effc.ir.dialect.selections.clusters import ClusterSelection
 from effc.ir.dialect.selections.evict import EvictSelection
 from effc.ir.dialect.selections.pages import PageSelection
 from effc.ir.dialect.selections.retain import RetainSelection
@@ -21,6 +22,7 @@ SELECTIONS: dict[str, type[TokenSelection]] = {
         PageSelection,
         TopKSelection,
         WindowSelection,
+        ClusterSelection,
         EvictSelection,
         RetainSelection,
         StrideSelection,
@@ -31,6 +33,7 @@ SELECTIONS: dict[str, type[TokenSelection]] = {
 __all__ = [
     "SELECTIONS",
     "AllTokens",
+    "ClusterSelection",
     "EvictSelection",
     "PageSelection",
     "RetainSelection",

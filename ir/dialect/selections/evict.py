@@ -44,7 +44,7 @@ class EvictSelection(TokenSelection):
     sinks: int = 4
     recent: int = 32
     block: int = 128
-    pool: int = 5
+    pool: int = 15
 
     def __post_init__(self) -> None:
         require(self.sinks >= 0, f"sinks is {self.sinks}, it must be 0 or more")
@@ -72,7 +72,7 @@ class EvictSelection(TokenSelection):
 
     def tensors(self, storage: Storage, sizes: HeadSizes) -> tuple[StateTensor, ...]:
         """`token`, which one every place holds, and `query`, the last queries."""
-        queries = sizes.group * sizes.head_size
+        queries = sizes.heads // sizes.kv_heads * sizes.head_size
         return (
             StateTensor("token", ir.DataType.INT32, (BATCH, sizes.kv_heads, self.places)),
             StateTensor("query", ir.DataType.FLOAT, (BATCH, sizes.kv_heads, self.recent, queries)),

@@ -25,8 +25,8 @@ class PageSelection(TokenSelection):
     """The blocks whose keys may have the largest scores, by the bounds of their channels.
 
     Quest (Tang et al. 2024, arXiv 2406.10774, section 3): a query's score is at most the sum over channels of the
-    larger of its products with the least and the largest element of a block. Query heads that share a key head share
-    its blocks.
+    larger of its products with the least and the largest element of a block. No key comes near that bound; a score on
+    the way to it from the middle of the bounds ranks blocks better. Query heads that share a key head share its blocks.
 
     Attributes:
         sinks: Tokens at the start that are always read.
@@ -35,6 +35,8 @@ class PageSelection(TokenSelection):
         budget: Tokens in blocks that are read, at least.
         share: Share of the blocks that are read, at least; float32.
         dense_below: With fewer cached tokens than this, everything is read.
+        reach: What ranks a block: 0: the score of the middle of its keys' bounds, 1: the largest score that they allow
+            (Quest), or between the two; float32.
 
     Raises:
         InputError: A value that the op does not have.
@@ -47,19 +49,21 @@ class PageSelection(TokenSelection):
     budget: int = 0
     share: float = 0.0
     dense_below: int = 0
+    reach: float = 0.6
 
     def __post_init__(self) -> None:
         for name in ("sinks", "recent", "budget", "dense_below"):
             require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}, it must be 0 or more")
         require(1 <= self.block <= MOST_BLOCK, f"block is {self.block}, it must be from 1 to {MOST_BLOCK}")
-        require(0 <= self.share <= 1, f"share is {self.share}, it must be from 0 to 1")
+        for name in ("share", "reach"):
+            require(0 <= getattr(self, name) <= 1, f"{name} is {getattr(self, name)}, it must be from 0 to 1")
 
     @classmethod
     def read(cls, attributes: Mapping[str, ir.Attr]) -> Self:
         """From `select_*` and `dense_below`."""
         integers = {name: attributes[f"select_{name}"].as_int() for name in ("sinks", "recent", "block", "budget")}
-        share, dense_below = attributes["select_share"].as_float(), attributes["dense_below"].as_int()
-        return cls(**integers, share=share, dense_below=dense_below)
+        share, reach = (attributes[f"select_{name}"].as_float() for name in ("share", "reach"))
+        return cls(**integers, share=share, reach=reach, dense_below=attributes["dense_below"].as_int())
 
     def attributes(self) -> dict[str, int | float | str]:
         """All of this selection."""
@@ -70,6 +74,7 @@ class PageSelection(TokenSelection):
             "select_budget": self.budget,
             "select_share": float(np.float32(self.share)),
             "dense_below": self.dense_below,
+            "select_reach": float(np.float32(self.reach)),
         }
 
     def tensors(self, storage: Storage, sizes: HeadSizes) -> tuple[StateTensor, ...]:

@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING, ClassVar, Self
 import numpy as np
 import onnx_ir as ir
 
-from effc.ir.dialect.cache_storage import DenseStorage, HeadSizes, PageStorage, StateTensor, StaticStorage, Storage
+from effc.ir.dialect.cache_storage import (
+    BATCH,
+    PAST,
+    DenseStorage,
+    HeadSizes,
+    PageStorage,
+    StateTensor,
+    StaticStorage,
+    Storage,
+)
 from effc.ir.dialect.selections.base import TokenSelection, require
 
 if TYPE_CHECKING:
@@ -30,6 +39,8 @@ class TopKSelection(TokenSelection):
         budget: Tokens that are chosen, at least.
         share: Share of the tokens to choose from that are chosen, at least; float32.
         dense_below: With fewer cached tokens than this, everything is read.
+        refresh: Most steps that one choice serves; 0: it is made at every step.
+        similarity: Cosine of a query with the one that chose, all heads together, from which on the choice serves it.
 
     Raises:
         InputError: A value that the op does not have.
@@ -41,19 +52,23 @@ class TopKSelection(TokenSelection):
     budget: int = 0
     share: float = 0.0
     dense_below: int = 0
+    refresh: int = 0
+    similarity: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("sinks", "recent", "budget", "dense_below"):
+        for name in ("sinks", "recent", "budget", "dense_below", "refresh"):
             require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}, it must be 0 or more")
         require(0 <= self.share <= 1, f"share is {self.share}, it must be from 0 to 1")
+        require(-1 <= self.similarity <= 1, f"similarity is {self.similarity}, it must be from -1 to 1")
 
     @classmethod
     def read(cls, attributes: Mapping[str, ir.Attr]) -> Self:
         """From `select_*` and `dense_below`."""
         require(attributes["select_block"].as_int() == 1, "select_block is not 1, topk chooses single tokens")
-        integers = {name: attributes[f"select_{name}"].as_int() for name in ("sinks", "recent", "budget")}
-        share, dense_below = attributes["select_share"].as_float(), attributes["dense_below"].as_int()
-        return cls(**integers, share=share, dense_below=dense_below)
+        integers = {name: attributes[f"select_{name}"].as_int() for name in ("sinks", "recent", "budget", "refresh")}
+        share, similarity = (attributes[f"select_{name}"].as_float() for name in ("share", "similarity"))
+        dense_below = attributes["dense_below"].as_int()
+        return cls(**integers, share=share, similarity=similarity, dense_below=dense_below)
 
     def attributes(self) -> dict[str, int | float | str]:
         """All of this selection."""
@@ -64,11 +79,19 @@ class TopKSelection(TokenSelection):
             "select_budget": self.budget,
             "select_share": float(np.float32(self.share)),
             "dense_below": self.dense_below,
+            "select_refresh": self.refresh,
+            "select_similarity": float(np.float32(self.similarity)),
         }
 
     def tensors(self, storage: Storage, sizes: HeadSizes) -> tuple[StateTensor, ...]:
-        """None."""
-        return ()
+        """With `refresh`, what was chosen, by which query, and when."""
+        if not self.refresh:
+            return ()
+        return (
+            StateTensor("chosen", ir.DataType.UINT8, (BATCH, PAST)),
+            StateTensor("voter", ir.DataType.FLOAT, (BATCH, sizes.heads * sizes.head_size)),
+            StateTensor("age", ir.DataType.INT32, (BATCH, 2)),
+        )
 
     def reason_against(self, form: AttentionForm, storage: Storage) -> str:
         """No window, no ring, and a cache that our kernels read."""
@@ -78,6 +101,8 @@ class TopKSelection(TokenSelection):
             return "its scale is negative"
         if isinstance(storage, StaticStorage):
             return f"its cache has storage={storage.kind}, which onnxruntime's own attention reads"
+        if isinstance(storage, PageStorage) and self.refresh:
+            return "its cache is coded, whose keys are read by whole pages, so a choice of tokens cannot serve again"
         if isinstance(storage, PageStorage) and (storage.sinks, storage.recent) != (self.sinks, self.recent):
             return "the selection has other sinks or recent tokens than the pages"
         return "its cache is a ring" if isinstance(storage, DenseStorage) and storage.ring else ""

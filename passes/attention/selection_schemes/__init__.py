@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from effc.passes.attention.selection_schemes.base import Change, SelectionScheme
+from effc.passes.attention.selection_schemes.clusters import ClustersScheme
 from effc.passes.attention.selection_schemes.evict import EvictScheme
 from effc.passes.attention.selection_schemes.pages import PagesScheme
 from effc.passes.attention.selection_schemes.retain import RetainScheme
@@ -14,6 +15,7 @@ SCHEMES: dict[str, type[SelectionScheme]] = {
     "pages": PagesScheme,
     "topk": TopKScheme,
     "window": WindowScheme,
+    "clusters": ClustersScheme,
     "evict": EvictScheme,
     "retain": RetainScheme,
     "stride": StrideScheme,

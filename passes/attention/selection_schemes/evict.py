@@ -30,7 +30,7 @@ class EvictScheme(SelectionScheme):
     sinks: int = 4
     recent: int = 32
     block: int | None = None
-    pool: int = 5
+    pool: int = 15
     pyramid: bool = False
 
     def __post_init__(self) -> None:

@@ -27,6 +27,7 @@ class PagesScheme(SelectionScheme):
     sinks: int | None = None
     recent: int | None = None
     dense_below: int = 0
+    reach: float = 0.6
 
     def change(self, site: CachedAttentionSite) -> Change:
         """Another selection; form and storage stay."""
@@ -41,5 +42,6 @@ class PagesScheme(SelectionScheme):
             budget=budget,
             share=self.share or 0.0,
             dense_below=self.dense_below,
+            reach=self.reach,
         )
         return Change(site.form, site.storage, selection)

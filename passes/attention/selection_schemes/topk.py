@@ -11,6 +11,7 @@ from effc.ir.dialect.selections import TopKSelection
 from effc.passes.attention.selection_schemes.base import Change, SelectionScheme
 
 BUDGET, SINKS, RECENT = 1024, 4, 32
+SIMILARITY = 0.9
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,13 @@ class TopKScheme(SelectionScheme):
     sinks: int | None = None
     recent: int | None = None
     dense_below: int = 0
+    refresh: int = 0
+    similarity: float = SIMILARITY
+
+    @property
+    def rotates(self) -> bool:
+        """Queries are compared before they are rotated, since positions alone turn them apart."""
+        return self.refresh > 0
 
     def change(self, site: CachedAttentionSite) -> Change:
         """Another selection; form and storage stay."""
@@ -38,5 +46,7 @@ class TopKScheme(SelectionScheme):
             budget=self.budget if self.budget is not None else 0 if self.share is not None else BUDGET,
             share=self.share or 0.0,
             dense_below=self.dense_below,
+            refresh=self.refresh,
+            similarity=self.similarity if self.refresh else 0.0,
         )
         return Change(site.form, site.storage, selection)

@@ -50,7 +50,7 @@ def test_a_dense_cache_gets_bounds() -> None:
     assert (str(past.shape[2]), str(present.shape[2])) == ("past // 8", "total // 8")
     assert past.dtype == ir.DataType.FLOAT
     (site, _) = cached_attention_sites(result.graph)
-    assert site.selection == PageSelection(block=8, budget=32)
+    assert site.selection == PageSelection(block=8, budget=32, reach=float(np.float32(0.6)))
 
 
 def test_single_tokens_need_nothing() -> None:
@@ -66,6 +66,20 @@ def test_single_tokens_need_nothing() -> None:
     assert "other sinks" in reasons(coded, sparse(scheme="topk", recent=64))[0]
 
 
+def test_a_choice_that_serves_again() -> None:
+    """The op sees queries before they are rotated, and carries what it chose."""
+    options = sparse(scheme="topk", refresh=8)
+    assert options.requires() == (CachedAttention(rotary="inside"),)
+    result = changed(decoder(rotary=True), options)
+    names = [value.name for value in result.graph.inputs][-3:]
+    assert names == [f"past_key_values.0.{name}" for name in ("chosen", "voter", "age")]
+    (site,) = cached_attention_sites(result.graph)
+    assert site.selection == TopKSelection(budget=32, refresh=8, similarity=float(np.float32(0.9)))
+    assert "read by whole pages" in reasons(changed(decoder(), KvCache("int8")), options)[0]
+    with pytest.raises(InputError, match="selection=topk has no body"):
+        inline_dialect(result.model)
+
+
 @pytest.mark.parametrize("scheme", ["int8", "int4", "kivi", "zipcache"])
 def test_a_coded_cache_brings_its_blocks(scheme: str) -> None:
     coded = changed(decoder(), KvCache(scheme))  # type: ignore[arg-type]
@@ -73,7 +87,9 @@ def test_a_coded_cache_brings_its_blocks(scheme: str) -> None:
     assert [v.name for v in result.graph.inputs] == [v.name for v in coded.graph.inputs]
     (site,) = cached_attention_sites(result.graph)
     storage = site.storage
-    assert site.selection == PageSelection(storage.sinks, storage.recent, storage.page, 32)  # type: ignore[attr-defined]
+    assert site.selection == PageSelection(  # type: ignore[attr-defined]
+        storage.sinks, storage.recent, storage.page, 32, reach=float(np.float32(0.6))
+    )
 
 
 def test_what_is_left_alone() -> None:
@@ -115,8 +131,11 @@ def test_figures_of_the_report() -> None:
         ({"share": float("nan")}, "share is nan"),
         ({"block": 257}, "block is 257"),
         ({"dense_below": -1}, "dense-below is -1"),
+        ({"reach": 1.5}, "reach is 1.5"),
         ({"positions": "cap"}, "scheme=pages has no positions"),
         ({"scheme": "topk", "block": 5}, "scheme=topk has no block"),
+        ({"scheme": "topk", "refresh": -1}, "refresh is -1"),
+        ({"scheme": "topk", "similarity": 1.5}, "similarity is 1.5"),
         ({"scheme": "window", "budget": 5}, "scheme=window has no budget"),
         ({"scheme": "window", "recent": 0}, "recent is 0"),
         ({"scheme": "window", "sinks": 0}, "sinks is 0"),
@@ -224,7 +243,7 @@ def test_a_cache_that_evicts(dtype: str) -> None:
     stored = changed(decoder(2, rotary=True), KvCache("dense", dtype=dtype))  # type: ignore[arg-type]
     program = changed(stored, options)
     (site, _) = cached_attention_sites(program.graph)
-    assert site.selection == EvictSelection(40, sinks=4, recent=8, block=8, pool=5)
+    assert site.selection == EvictSelection(40, sinks=4, recent=8, block=8, pool=15)
     shapes = {str(past.name): (past.dtype, [str(axis) for axis in past.shape]) for past, _ in program.cache_pairs()}
     tokens = site.storage.dtype  # type: ignore[attr-defined]
     assert {name: shapes[name] for name in shapes if ".0." in name} == {

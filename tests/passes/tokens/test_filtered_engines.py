@@ -36,6 +36,7 @@ PIPELINES = {
     "native int8": FILTER + ",kv-cache{scheme=int8,native=true}",
     "zipcache": FILTER + ",kv-cache{scheme=zipcache,sinks=0,recent=4,page=16}",
     "pages": FILTER + ",sparse-attention{budget=16,sinks=1,recent=1,block=4}",
+    "clusters": FILTER + ",sparse-attention{scheme=clusters,recent=32}",
     "fused": f"fuse,{FILTER}",
 }
 ENDLESS = "cached-attention{rotary=inside}," + FILTER + ",sparse-attention{scheme=window,sinks=2,recent=24}"

@@ -1,0 +1,246 @@
+"""Clusters of the keys of a prefix: how they are made, and which thresholds let a step read a share of the keys.
+
+Squeezed Attention (Hooper et al. 2024, arXiv 2411.09688). `docs/prefix.md` says what a prefix holds of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from effc.errors import EngineError, UsageError
+from effc.runtime.bundle import CacheLayout, ClusterPorts, Port
+from effc.runtime.kmeans import kmeans, sums_by_label, unit_rows
+from effc.runtime.tensors import check_feeds, storage_dtype
+
+CLUSTER_TOKENS, PARENT_CLUSTERS = 5, 5
+"""Tokens of a cluster and clusters of a parent, the means."""
+KEEP = 0.25
+SURVIVING = 3.0
+"""Parents let so many times the keys pass that clusters keep."""
+EVERYTHING = np.array([-1, -1], np.float32)
+"""Thresholds below any weight."""
+
+
+@dataclass(frozen=True)
+class ClusterTree:
+    """The clusters of one key head, in the order in which its tokens then lie.
+
+    Attributes:
+        centroids: Means of the keys of each cluster, float32 [clusters, D]; zeros where it has none.
+        ends: Token behind each cluster, int32 [clusters].
+        parents: Means of the keys of each parent, [parents, D].
+        parent_ends: Cluster behind each parent, int32 [parents].
+        order: Tokens in their new order, [tokens].
+    """
+
+    centroids: np.ndarray
+    ends: np.ndarray
+    parents: np.ndarray
+    parent_ends: np.ndarray
+    order: np.ndarray
+
+    @property
+    def counts(self) -> np.ndarray:
+        """Tokens of each cluster, float32."""
+        return np.diff(self.ends, prepend=0).astype(np.float32)
+
+    @property
+    def parent_of(self) -> np.ndarray:
+        """Parent of each cluster."""
+        return np.searchsorted(self.parent_ends, np.arange(len(self.ends)), side="right")
+
+    @property
+    def parent_counts(self) -> np.ndarray:
+        """Tokens of each parent, float32."""
+        counts = np.bincount(self.parent_of, self.counts, minlength=len(self.parent_ends))
+        return counts.astype(np.float32)
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """Trees of the key heads of one attention, and the queries [K, G, w, D] by which thresholds are set."""
+
+    ports: ClusterPorts
+    trees: Sequence[ClusterTree]
+    queries: np.ndarray
+
+
+def cluster_cache(
+    layout: CacheLayout,
+    cache: MutableMapping[str, np.ndarray],
+    tokens: int,
+    *,
+    keep: float = KEEP,
+    cluster_tokens: int = CLUSTER_TOKENS,
+) -> dict[str, np.ndarray]:
+    """Cluster the keys of a cache of one row and put its tokens in their order.
+
+    Args:
+        layout: Of the engine.
+        cache: Cache input name -> tensor; keys and values that are clustered are replaced by reordered ones.
+        tokens: Tokens of the cache.
+        keep: Share of the clustered keys that a step is to read, the mean over layers, heads and the last queries.
+        cluster_tokens: Tokens of a cluster, the mean.
+
+    Returns:
+        Input name -> tensor, all that the layout names. Empty tensors where the last tokens are all there are.
+    """
+    observed = max((cache[ports.queries].shape[2] for ports in layout.clusters), default=tokens)
+    if tokens <= observed:
+        return empty_clusters(layout)
+    layers = [_layer(ports, cache, tokens - observed, cluster_tokens) for ports in layout.clusters]
+    limits = EVERYTHING if keep == 1 else thresholds(layers, keep)
+    found: dict[str, np.ndarray] = {}
+    for layer in layers:
+        found.update(zip((port.name for port in layer.ports.inputs), [*_stacked(layer), limits], strict=True))
+        for name in (layer.ports.key, layer.ports.value):
+            moved = [cache[name][0, head, tree.order] for head, tree in enumerate(layer.trees)]
+            cache[name][0, :, : len(layer.trees[0].order)] = moved
+    return found
+
+
+def cluster_ports(layout: CacheLayout) -> list[Port]:
+    """The inputs that clusters are fed to, each once."""
+    return list({port.name: port for layer in layout.clusters for port in layer.inputs}.values())
+
+
+def empty_clusters(layout: CacheLayout) -> dict[str, np.ndarray]:
+    """What is fed without a prefix: no clusters, so that everything is read."""
+    return {port.name: no_clusters(port) for port in cluster_ports(layout)}
+
+
+def no_clusters(port: Port) -> np.ndarray:
+    """What one of these inputs is fed then."""
+    return np.zeros([size if isinstance(size, int) else 0 for size in port.shape], storage_dtype(port.dtype))
+
+
+def check_clusters(layout: CacheLayout, clusters: Mapping[str, np.ndarray]) -> None:
+    """Compare the clusters of a prefix with the inputs of an engine.
+
+    Raises:
+        EngineError: One is missing, unknown, or has another dtype or shape.
+    """
+    try:
+        check_feeds(cluster_ports(layout), clusters)
+    except UsageError as error:
+        raise EngineError(f"its clusters are not those of the engine: {error}") from error
+
+
+def cluster_tree(keys: np.ndarray, cluster_tokens: int = CLUSTER_TOKENS) -> ClusterTree:
+    """Clusters of the keys of one head and, above them, parents.
+
+    Keys are assigned by direction, as in the paper; a centroid is the mean of the keys themselves.
+
+    Args:
+        keys: float32 [n, D], n >= 1.
+        cluster_tokens: Tokens of a cluster, the mean.
+    """
+    count = max(1, len(keys) // cluster_tokens)
+    above = max(1, count // PARENT_CLUSTERS)
+    labels = kmeans(unit_rows(keys), count)
+    sums, counts = sums_by_label(keys, labels, count)
+    centroids = sums / np.maximum(counts, 1)[:, None]
+    parents = np.zeros(count, np.int64)
+    parents[counts > 0] = kmeans(unit_rows(centroids[counts > 0]), above)  # those without keys go anywhere
+    by_parent = np.argsort(parents, kind="stable")
+    rank = np.empty(count, np.int64)
+    rank[by_parent] = np.arange(count)
+    parent_sums, _ = sums_by_label(sums, parents, above)
+    tokens = np.bincount(parents, counts, minlength=above).astype(np.float32)
+    return ClusterTree(
+        centroids=centroids[by_parent],
+        ends=np.cumsum(counts[by_parent]).astype(np.int32),
+        parents=parent_sums / np.maximum(tokens, 1)[:, None],
+        parent_ends=np.cumsum(np.bincount(parents, minlength=above)).astype(np.int32),
+        order=np.argsort(rank[labels], kind="stable"),
+    )
+
+
+def thresholds(layers: Sequence[_Layer], keep: float) -> np.ndarray:
+    """Thresholds of parents and of clusters, float32 [2], the same for all layers and heads.
+
+    A step reads with one query, so the quantiles are those of single queries, not of their mean.
+    """
+    heads = [(layer, head) for layer in layers for head in range(len(layer.trees))]
+    above = [_weights(layer, head, None) for layer, head in heads]
+    parents = [np.broadcast_to(layer.trees[head].parent_counts, one.shape) for (layer, head), one in zip(heads, above)]
+    first = _threshold(above, parents, min(1, SURVIVING * keep))
+    below = [_weights(layer, head, one > first) for (layer, head), one in zip(heads, above)]
+    counts = [np.broadcast_to(layer.trees[head].counts, one.shape) for (layer, head), one in zip(heads, below)]
+    return np.array([first, _threshold(below, counts, keep)], np.float32)
+
+
+def key_weights(scores: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Softmax weight of one key of each cluster, `exp(s_j) / sum of n_i exp(s_i)`; 0 where none has keys.
+
+    Args:
+        scores: [.., clusters].
+        counts: Keys of each, broadcast to it.
+    """
+    most = np.max(np.where(counts > 0, scores, -np.inf), axis=-1, keepdims=True)
+    shifted = np.exp(np.minimum(scores - np.where(np.isfinite(most), most, 0), 80))
+    total = (counts * shifted).sum(axis=-1, keepdims=True)
+    return np.asarray(np.where(total > 0, shifted / np.where(total > 0, total, 1), 0), np.float32)
+
+
+def _layer(ports: ClusterPorts, cache: Mapping[str, np.ndarray], count: int, cluster_tokens: int) -> _Layer:
+    """The clusters of the first tokens of one attention, centroids as they are stored."""
+    queries, trees = cache[ports.queries][0], []
+    for keys in _floats(cache[ports.key][0, :, :count], ports.dtype):
+        tree = cluster_tree(keys, cluster_tokens)
+        rounded = [_floats(_stored(one, ports.dtype), ports.dtype) for one in (tree.centroids, tree.parents)]
+        trees.append(replace(tree, centroids=rounded[0], parents=rounded[1]))
+    return _Layer(ports, trees, queries.reshape(len(trees), -1, *queries.shape[1:]))
+
+
+def _stacked(layer: _Layer) -> list[np.ndarray]:
+    """Centroids, ends, parents and their ends of all heads, as the inputs take them."""
+    centroids, ends, parents, parent_ends = (
+        np.stack([getattr(tree, name) for tree in layer.trees])[None]
+        for name in ("centroids", "ends", "parents", "parent_ends")
+    )
+    dtype = layer.ports.dtype
+    return [_stored(centroids, dtype), ends, _stored(parents, dtype), parent_ends]
+
+
+def _weights(layer: _Layer, head: int, surviving: np.ndarray | None) -> np.ndarray:
+    """Mean over the query heads of a group of `key_weights`, [w, parents], or [w, clusters] below surviving parents.
+
+    Clusters of other parents get -1.
+    """
+    tree = layer.trees[head]
+    centroids, counts = (tree.parents, tree.parent_counts) if surviving is None else (tree.centroids, tree.counts)
+    scores = layer.ports.scale * (layer.queries[head] @ centroids.T)
+    if layer.ports.softcap:
+        scores = layer.ports.softcap * np.tanh(scores / layer.ports.softcap)
+    if surviving is None:
+        return np.asarray(key_weights(scores, counts).mean(axis=0))
+    reached = surviving[:, tree.parent_of]
+    return np.where(reached, key_weights(scores, np.where(reached, counts, 0)).mean(axis=0), np.float32(-1))
+
+
+def _threshold(weights: Sequence[np.ndarray], counts: Sequence[np.ndarray], keep: float) -> float:
+    """The least weight above which lies at most the share `keep` of the keys."""
+    values = np.concatenate([one.ravel() for one in weights])
+    order = np.argsort(-values, kind="stable")
+    before = np.cumsum(np.concatenate([one.ravel() for one in counts])[order], dtype=np.float64)
+    place = np.searchsorted(before, keep * before[-1], side="right")
+    return float(values[order[min(place, len(order) - 1)]]) if keep < 1 else -1.0
+
+
+def _floats(array: np.ndarray, dtype: str) -> np.ndarray:
+    """Float32 of what a cache of an element type holds; bfloat16 is carried as integers."""
+    if dtype == "bfloat16":
+        return (array.astype(np.uint32) << 16).view(np.float32)
+    return array.astype(np.float32)
+
+
+def _stored(array: np.ndarray, dtype: str) -> np.ndarray:
+    """Float32 as a cache of an element type holds it: to nearest, halves to even."""
+    if dtype == "bfloat16":
+        bits = np.ascontiguousarray(array).view(np.uint32)
+        return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+    return array.astype(dtype)
