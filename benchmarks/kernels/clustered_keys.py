@@ -5,19 +5,19 @@ from __future__ import annotations
 import numpy as np
 
 from effc.ir.dialect.selections import ClusterSelection
-from effc.runtime.clusters import CLUSTER_TOKENS, PARENT_CLUSTERS, SURVIVING, key_weights
+from effc.runtime.clusters import PARENT_CLUSTERS, SURVIVING, key_weights
 
 OBSERVED = ClusterSelection().observed
 
 
-def clustered_keys(heads: int, tokens: int, size: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+def clustered_keys(heads: int, tokens: int, size: int, cluster_tokens: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Keys [1, heads, tokens, size], those of a cluster and of a parent side by side, and clusters without thresholds.
 
     As many clusters and parents as a prefix of so many tokens has; the last tokens are in none.
     """
     rng = np.random.default_rng(4)
     count = tokens - OBSERVED
-    clusters = count // CLUSTER_TOKENS
+    clusters = count // cluster_tokens
     parents = clusters // PARENT_CLUSTERS
     of = np.sort(rng.integers(0, clusters, count))
     above = np.arange(clusters) * parents // clusters

@@ -6,9 +6,9 @@ Run: `python benchmarks/kernels/selections.py [--threads 2] [--rounds 9] [--head
 One new token over a full cache, in equal nodes that together overflow the caches of the processor. The variants take
 turns in one process. Bytes are those that a step needs: with `pages` bounds of all blocks, keys and values of those
 that are read; with `topk` all keys, and values of those that are read; with `clusters` (of synthetic keys that lie in
-clusters) centroids of all parents, those of the clusters whose parents pass, keys and values of those that are read;
-with `evict` all that is kept, and its time is the mean of as many steps as lie between two times that the cache is
-full; the window is as long as the budget.
+clusters of 5, 10 or 20) centroids of all parents, those of the clusters whose parents pass, keys and values of those
+that are read; with `evict` all that is kept, and its time is the mean of
+as many steps as lie between two times that the cache is full; the window is as long as the budget.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from effc.ir.dialect.selections import StrideSelection
 NODES = 4
 SELECTIONS = ("pages", "topk", "clusters", "evict", "stride", "window")
 SINKS, RECENT, BLOCK = 4, 32, 16
+CLUSTER_TOKENS = (5, 10, 20)  # the default of a prefix first
 DROPPED = 128  # tokens that a full cache drops
 
 
@@ -163,10 +164,12 @@ def bytes_needed(case: Case, variant: Variant, caches: dict[str, np.ndarray], bu
     return exact + parameters + share * caches["p0"].nbytes
 
 
-def clustered(case: Case, variant: Variant, budget: int, threads: int) -> tuple[Callable[[], float], float]:
+def clustered(
+    case: Case, variant: Variant, budget: int, threads: int, cluster_tokens: int
+) -> tuple[Callable[[], float], float]:
     """Steps that read clusters of a prefix, and the bytes that one node needs."""
     queries = new_tokens(case)["query"].reshape(case.kv_heads, -1, SIZE)
-    keys, clusters = clustered_keys(case.kv_heads, case.total, SIZE)
+    keys, clusters = clustered_keys(case.kv_heads, case.total, SIZE, cluster_tokens)
     limits = thresholds(clusters, queries, SIZE**-0.5, budget / (case.total - OBSERVED))
     tokens, centroids = tokens_read(clusters, limits, queries, SIZE**-0.5)
     caches = {"k0": keys.astype(DTYPES[variant.type]), "v0": first_node(dense_caches(case, DTYPES[variant.type]))["v0"]}
@@ -195,9 +198,11 @@ def measure(case: Case, storages: list[str], selections: list[str], budget: int,
         run = cached_node_runner(case, variant, every, NODES, threads)
         runners[name] = mean_of(run, DROPPED) if evicts else run
     for name in storages:
-        if "clusters" in selections and "page" not in STORAGES[name].attributes:
-            runners[f"{name}, clusters"], nbytes = clustered(case, STORAGES[name], budget, threads)
-            needed[f"{name}, clusters"] = NODES * nbytes
+        dense = "page" not in STORAGES[name].attributes
+        for tokens in CLUSTER_TOKENS if "clusters" in selections and dense else ():
+            one = f"{name}, of {tokens}"
+            runners[one], nbytes = clustered(case, STORAGES[name], budget, threads, tokens)
+            needed[one] = NODES * nbytes
     times: dict[str, list[float]] = {name: [] for name in runners}
     reads = []
     for _ in range(rounds):
