@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from effc.cli.options import engine_argument, json_option, threads_option
+from effc.cli.options import engine_argument, json_option, sampling_options, threads_option
 from effc.cli.output import print_json
 from effc.cli.texts import read_text
 from effc.errors import UsageError
@@ -22,12 +22,7 @@ from effc.errors import UsageError
     "--prompt-file", type=click.File("r", encoding="utf-8"), help="Read one prompt from a file; `-` is stdin."
 )
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=128, show_default=True)
-@click.option("--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 is greedy.")
-@click.option("--top-k", type=click.IntRange(min=0), default=0, show_default=True, help="0 keeps all tokens.")
-@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True)
-@click.option("--repetition-penalty", type=click.FloatRange(min=0, min_open=True), default=1.0, show_default=True)
-@click.option("--seed", type=click.IntRange(min=0), default=None, help="Makes sampling repeatable.")
-@click.option("--stop", multiple=True, metavar="TEXT", help="Stop before this text; may be given again.")
+@sampling_options
 @click.option("--stream", is_flag=True, help="Print the text as it is made (one prompt).")
 @click.option("--chat", is_flag=True, help="Put the prompt into the model's chat template.")
 @click.option(
@@ -49,11 +44,6 @@ def command(
     prompts: tuple[str, ...],
     prompt_file: Any,
     max_new_tokens: int,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    repetition_penalty: float,
-    seed: int | None,
     stop: tuple[str, ...],
     stream: bool,
     chat: bool,
@@ -61,6 +51,7 @@ def command(
     filter_prompt: bool,
     threads: int | None,
     as_json: bool,
+    **sampling: Any,
 ) -> None:
     """Generate text with ENGINE."""
     texts = [*prompts, *([read_text(prompt_file)] if prompt_file is not None else [])]
@@ -74,16 +65,12 @@ def command(
         results = opened.generate(
             texts,
             max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            repetition_penalty=repetition_penalty,
-            seed=seed,
             stop=stop,
             stream=_print_piece if stream else None,
             chat=chat,
             prefix=prefix,
             filter_prompt=filter_prompt,
+            **sampling,
         )
     if as_json:
         print_json({"results": [{"prompt": text, **asdict(result)} for text, result in zip(texts, results)]})

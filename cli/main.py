@@ -21,6 +21,7 @@ COMMANDS = {
     "verify": "effc.cli.verify",
     "bench": "effc.cli.bench",
     "generate": "effc.cli.generate",
+    "chat": "effc.cli.chat",
     "prefix": "effc.cli.prefix",
     "embed": "effc.cli.embed",
     "passes": "effc.cli.passes",

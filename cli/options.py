@@ -46,6 +46,28 @@ def model_options(function: Command) -> Command:
     return function
 
 
+def sampling_options(function: Command) -> Command:
+    """How tokens are chosen, and what ends a text: the options of `Sampling`, `--seed` and `--stop`."""
+    for option in reversed(
+        (
+            click.option(
+                "--temperature", type=click.FloatRange(min=0), default=0.0, show_default=True, help="0 is greedy."
+            ),
+            click.option(
+                "--top-k", type=click.IntRange(min=0), default=0, show_default=True, help="0 keeps all tokens."
+            ),
+            click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, show_default=True),
+            click.option(
+                "--repetition-penalty", type=click.FloatRange(min=0, min_open=True), default=1.0, show_default=True
+            ),
+            click.option("--seed", type=click.IntRange(min=0), default=None, help="Makes sampling repeatable."),
+            click.option("--stop", multiple=True, metavar="TEXT", help="Stop before this text; may be given again."),
+        )
+    ):
+        function = option(function)
+    return function
+
+
 def output_options(function: Command) -> Command:
     """How results are shown: `--json`, `--quiet`."""
     for option in (quiet_option, json_option):

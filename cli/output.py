@@ -24,6 +24,11 @@ def print_json(result: Mapping[str, Any]) -> None:
     click.echo(json.dumps(_plain(result), indent=1, ensure_ascii=False, allow_nan=False))
 
 
+def print_json_line(result: Mapping[str, Any]) -> None:
+    """Print one of many JSON objects, on a line of its own."""
+    click.echo(json.dumps(_plain(result), ensure_ascii=False, allow_nan=False))
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}

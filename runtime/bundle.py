@@ -94,6 +94,7 @@ class CacheLayout:
             of an element, and at `tokens` tokens `bytes`, `bytes_of_codes` and `dense_bytes` (bfloat16).
         endless: Whether no attention ever meets a position beyond a fixed one, so that any number of tokens will do.
         clusters: For each attention that reads clusters of a prefix, the inputs that bring them.
+        longest_step: Most new tokens of a row in one run; None: any number.
     """
 
     mode: str
@@ -101,6 +102,7 @@ class CacheLayout:
     layers: list[dict[str, Any]] = field(default_factory=list)
     endless: bool = False
     clusters: list[ClusterPorts] = field(default_factory=list)
+    longest_step: int | None = None
 
 
 @dataclass(frozen=True)

@@ -158,7 +158,7 @@ class KvState:
         self.max_length = max_length
         self._session = session
         self._layout = layout
-        self._dtypes = {port.name: port.dtype for port in inputs}
+        self._inputs = {port.name: port for port in inputs}
         self._selects_logits = any(value.name == NUM_LOGITS for value in session.get_overridable_initializers())
         self._binding = session.io_binding()
         self._cache = _make_cache(layout, batch, device, max_length)
@@ -211,6 +211,8 @@ class KvState:
     ) -> dict[str, np.ndarray]:
         """Append the fed tokens to the cache and compute outputs.
 
+        More tokens than the engine takes at once are read in parts, which give what they give one after the other.
+
         Args:
             feeds: Every input that is not cache, with its dtype; `input_ids` is [batch, seq] and
                 `attention_mask`, when the engine takes it, [batch, length + seq].
@@ -227,6 +229,29 @@ class KvState:
         total = self.length + feeds["input_ids"].shape[1]
         if self.max_length is not None and total > self.max_length:
             raise UsageError(f"the cache holds at most {self.max_length} tokens, {total} were fed. Raise max_length.")
+        count, most = feeds["input_ids"].shape[1], self._layout.longest_step
+        if most is None or count <= most:
+            return self._run_step(feeds, outputs, num_logits)
+        results = []
+        for start in range(0, count, most):
+            end = min(start + most, count)
+            wanted = outputs if num_logits is None or end == count else []
+            results.append(self._run_step(self._columns(feeds, start, end, total - count), wanted, num_logits))
+        given = {name: [part[name] for part in results if name in part] for name in outputs}
+        return {name: np.concatenate(parts, axis=1) for name, parts in given.items()}
+
+    def _columns(self, feeds: Mapping[str, np.ndarray], start: int, end: int, past: int) -> dict[str, np.ndarray]:
+        """Feeds of the new tokens from `start` to `end`."""
+        ranges = {"seq": slice(start, end), "total": slice(0, past + end)}
+        return {
+            name: array[tuple(ranges.get(str(axis), slice(None)) for axis in self._inputs[name].shape)]
+            for name, array in feeds.items()
+        }
+
+    def _run_step(
+        self, feeds: Mapping[str, np.ndarray], outputs: Sequence[str], num_logits: int | None
+    ) -> dict[str, np.ndarray]:
+        total = self.length + feeds["input_ids"].shape[1]
         self._bind(feeds, outputs, total)
         if self._selects_logits:
             count = np.array([ALL_LOGITS if num_logits is None else num_logits], np.int64)
@@ -248,7 +273,7 @@ class KvState:
         self._binding.clear_binding_outputs()
         self._cache.bind(self._binding, self.length, total)
         for name, array in feeds.items():
-            self._binding.bind_ortvalue_input(name, to_ort(np.ascontiguousarray(array), self._dtypes[name]))
+            self._binding.bind_ortvalue_input(name, to_ort(np.ascontiguousarray(array), self._inputs[name].dtype))
         for name in outputs:
             self._binding.bind_output(name, "cpu")
 

@@ -13,7 +13,7 @@ import numpy as np
 from effc import __version__
 from effc.errors import EngineError, UsageError
 from effc.runtime import limits
-from effc.runtime.batch import Batch, check_task, prompt_chunk
+from effc.runtime.batch import Batch, check_task, prompt_chunk, takes_scores
 from effc.runtime.bundle import numbers_hash
 from effc.runtime.clusters import check_clusters, cluster_cache, cluster_ports
 from effc.runtime.kv_state import check_snapshot
@@ -132,14 +132,19 @@ def write_prefix(
 
     Raises:
         UsageError: The prefix is empty or leaves no room for a prompt, the task does not generate, the chat
-            template takes no system message, or `keep` or `cluster_tokens` is out of range or the
-            engine reads no clusters.
+            template takes no system message, `keep` or `cluster_tokens` is out of range or the engine reads no
+            clusters, or the cache keeps tokens by their surprise.
         EngineError: The engine has no cache, or no tokenizer where one is needed, or fails while running.
         OutputError: The folder cannot be written.
     """
     begun = time.perf_counter()
     check_task(engine)
     layout = engine.cache_layout()
+    if takes_scores(engine):
+        raise UsageError(
+            f"{engine.folder}: keeps the tokens that surprised the model most, and a prefix does not hold what "
+            "surprised it. Give the text with the prompt, or build the engine without sparse-attention{scheme=retain}."
+        )
     if prefill_chunk is not None and prefill_chunk < 1:
         raise UsageError(f"prefill_chunk is {prefill_chunk}; give at least 1, or leave it out.")
     options = _cluster_options(engine, keep, cluster_tokens)

@@ -66,6 +66,10 @@ class Sampler:
         self._generators = [np.random.default_rng(item) for item in seeds]
         self._present = [np.unique(np.asarray(prompt, np.int64)) for prompt in prompts]
 
+    def add(self, row: int, ids: Sequence[int]) -> None:
+        """Let further tokens of a row count as present."""
+        self._present[row] = np.union1d(self._present[row], np.asarray(ids, np.int64))
+
     def choose(self, row: int, logits: np.ndarray) -> int:
         """The next token of a row, which then counts as present.
 

@@ -16,8 +16,10 @@ from effc.errors import EngineError, MissingDependencyError, UsageError
 from effc.runtime.assets import Assets
 from effc.runtime.bundle import CacheLayout, CachePort, Manifest, Port, check_files, read_manifest
 from effc.runtime.clusters import cluster_ports, empty_clusters
+from effc.runtime.continuation import Generation
+from effc.runtime.dialogue import Dialogue
 from effc.runtime.embed import embed
-from effc.runtime.generate import Generation, generate
+from effc.runtime.generate import generate
 from effc.runtime.kv_state import NUM_LOGITS, KvState, port_shape
 from effc.runtime.prefix import Prefix, open_prefix, start_from, write_prefix
 from effc.runtime.prompt_filter import PromptFilter
@@ -343,6 +345,31 @@ class Engine:
             prefill_chunk=prefill_chunk,
             prefix=prefix,
             filter_prompt=filter_prompt,
+        )
+
+    def dialogue(
+        self,
+        *,
+        decay: float = 0.9,
+        chat: bool = False,
+        system: str | None = None,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        repetition_penalty: float = 1.0,
+        seed: int | None = None,
+    ) -> Dialogue:
+        """A dialogue whose turns go on from one cache; see `effc.runtime.dialogue.Dialogue`."""
+        return Dialogue(
+            self,
+            decay=decay,
+            chat=chat,
+            system=system,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
         )
 
     def write_prefix(

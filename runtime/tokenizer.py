@@ -12,6 +12,8 @@ from effc.runtime import chat
 from effc.runtime.assets import Assets
 
 FILE = "tokenizer.json"
+PROBE, ANSWER = "a", "\ue000answer\ue001"
+"""What a user said before, and where the assistant's words are, in a conversation of which only the end is wanted."""
 SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -111,20 +113,49 @@ class Tokenizer:
         """Text of token ids; special tokens are left out."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
 
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether the engine has a chat template."""
+        return chat.find_template(self._assets) is not None
+
     def chat_prompt(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """Token ids of a conversation, up to where the assistant's next words begin.
 
         Raises:
             UsageError: The engine has no chat template, or it refuses the conversation.
         """
+        # The template writes the special tokens itself; the tokenizer must not add them again.
+        return self.encode(self._chat_text(messages), add_special_tokens=False)
+
+    def chat_turn(self, text: str, system: str | None = None) -> list[int]:
+        """Token ids between the assistant's words and its next ones, with what the user says in between.
+
+        Args:
+            text: What the user says.
+            system: The system message of the conversation.
+
+        Raises:
+            UsageError: The engine has no chat template, or one that does not show what the assistant said.
+        """
+        messages = [] if system is None else [{"role": "system", "content": system}]
+        roles = {"user": PROBE, "assistant": ANSWER}
+        messages += [{"role": role, "content": content} for role, content in roles.items()]
+        _, found, rest = self._chat_text([*messages, {"role": "user", "content": text}]).partition(ANSWER)
+        if not found:
+            raise UsageError(
+                "the engine's chat template does not show what the assistant said, so no turn can follow it. "
+                "Go on without chat, in the model's own format."
+            )
+        return self.encode(rest, add_special_tokens=False)
+
+    def _chat_text(self, messages: Sequence[Mapping[str, Any]]) -> str:
         template = chat.find_template(self._assets)
         if template is None:
             raise UsageError(
                 "this engine has no chat template (chat_template.jinja, or in tokenizer_config.json). "
                 "Generate without chat, from a prompt in the model's own format."
             )
-        # The template writes the special tokens itself; the tokenizer must not add them again.
-        return self.encode(chat.render(template, messages, self.special_tokens()), add_special_tokens=False)
+        return chat.render(template, messages, self.special_tokens())
 
 
 def _text(text: str) -> str:

@@ -13,7 +13,7 @@ from effc.passes.instruments import Instrument
 from effc.runtime.bundle import Port
 from effc.verify.budget import Budget
 from effc.verify.compare import OutputDifferences, compare_outputs
-from effc.verify.inputs import FeedShape, Interface, cache_shapes, hard_shapes, quick_shapes
+from effc.verify.inputs import FeedShape, Interface, cache_shapes, hard_shapes, quick_shapes, within_step
 from effc.verify.locate import first_difference
 from effc.verify.snapshot import Snapshot
 from effc.verify.streaming import DEFAULT_LIMIT
@@ -100,6 +100,7 @@ class ContractCheck(Instrument):
             # No past fits both: each program makes its own, of the same tokens.
             wider = (*shapes, *cache_shapes(after.interface)) if isinstance(self.shapes, str) else shapes
             shapes = _with_own_pasts(wider)
+        shapes = within_step(shapes, after.interface)
         reference.require(shapes)
         try:
             after.require(shapes)
@@ -114,6 +115,7 @@ class ContractCheck(Instrument):
             shapes = hard_shapes(interface) if self.shapes == "hard" else quick_shapes(interface)
         else:
             shapes = tuple(self.shapes)
+        shapes = within_step(shapes, interface)
         return _with_own_pasts(shapes) if interface.numbers_tokens else shapes
 
 

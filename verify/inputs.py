@@ -16,6 +16,7 @@ import numpy as np
 from effc.errors import InputError
 from effc.runtime.bundle import Manifest, Port
 from effc.runtime.limits import position_limit, text_config
+from effc.runtime.surprise import TOKEN_SCORES
 
 OTHER_SIZE = 5
 """Size of a symbolic axis with no known meaning: odd, and no other size in use."""
@@ -71,6 +72,7 @@ class Interface:
         tokenizer: Text -> ids, or None.
         cache: Names of the inputs that are cache; an engine's are not among `inputs`.
         pad_left: Rows of unequal lengths are padded on the left: models that generate.
+        longest_step: Most new tokens of a row in one run; None: any number.
     """
 
     inputs: Sequence[Port]
@@ -78,6 +80,7 @@ class Interface:
     tokenizer: Tokenizer | None = None
     cache: frozenset[str] = frozenset()
     pad_left: bool = False
+    longest_step: int | None = None
 
     @property
     def numbers_tokens(self) -> bool:
@@ -134,6 +137,17 @@ def _shortened(shape: FeedShape, limit: int | None) -> FeedShape:
     return replace(shape, seq=seq, past=min(shape.past, max(0, limit - seq)))
 
 
+def within_step(shapes: Sequence[FeedShape], interface: Interface) -> tuple[FeedShape, ...]:
+    """The same texts, of which no more tokens are new than a run takes; those before become a past."""
+    most = interface.longest_step
+    if most is None:
+        return tuple(shapes)
+    return tuple(
+        shape if shape.seq <= most else replace(shape, seq=most, past=shape.past + shape.seq - most, own_past=True)
+        for shape in shapes
+    )
+
+
 def quick_shapes(interface: Interface) -> tuple[FeedShape, ...]:
     """One shape with every difficulty in it, for models where each evaluation is expensive."""
     shape = FeedShape(2, 5, 4 if interface.cache else 0, True)
@@ -171,11 +185,11 @@ def attention_mask(interface: Interface, shape: FeedShape) -> np.ndarray:
 
 
 def token_columns(feed: Mapping[str, np.ndarray], start: int, end: int) -> dict[str, np.ndarray]:
-    """Part of a feed without cache that holds the tokens `start` to `end`; the mask covers all up to `end`."""
+    """Part of a feed without cache that holds the tokens `start` to `end`; mask and scores cover all up to `end`."""
     width = feed["input_ids"].shape[1]
     parts = {}
     for name, array in feed.items():
-        if name == "attention_mask":
+        if name in ("attention_mask", TOKEN_SCORES):
             parts[name] = array[:, :end]
         elif array.ndim >= 2 and array.size and array.shape[1] == width:
             parts[name] = array[:, start:end]
@@ -248,7 +262,7 @@ def _content(interface: Interface, port: Port, shape: FeedShape, mask: np.ndarra
     if port.name == "position_ids" and len(sizes) == 2:
         positions = np.clip(np.cumsum(mask, axis=1) - 1, 0, None)
         return np.asarray(positions[:, shape.past : shape.past + sizes[1]], dtype)
-    if port.name == "token_type_ids":
+    if port.name in ("token_type_ids", TOKEN_SCORES):
         return np.zeros(sizes, dtype)
     if port.name.endswith("input_ids") and dtype.kind in "iu":
         return _token_ids(interface, sizes, draw).astype(dtype)

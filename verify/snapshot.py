@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from effc.errors import InputError
+from effc.ir.analysis.cached_attention import cached_attention_sites
 from effc.ir.program import Program, Task
 from effc.ir.rewrite.cut import cut_to
 from effc.runtime.bundle import Port
@@ -81,18 +82,21 @@ class Snapshot:
         if not shapes:
             return []
         wholes = [self._tokens(shape) for shape in shapes]
-        firsts = [
-            {**token_columns(whole, 0, shape.past), **empty_cache(self.interface, shape.batch)}
-            for whole, shape in zip(wholes, shapes, strict=True)
-        ]
         carried = cut_to(self.model, [present for _, present in self._carried])
-        outputs = evaluate(carried, firsts, limit=self.limit)
+        caches = [empty_cache(self.interface, shape.batch) for shape in shapes]
+        longest = max(shape.past for shape in shapes)
+        step = self.interface.longest_step or longest
+        for start in range(0, longest, step):
+            unread = [index for index, shape in enumerate(shapes) if start < shape.past]
+            feeds = [
+                {**token_columns(wholes[index], start, min(start + step, shapes[index].past)), **caches[index]}
+                for index in unread
+            ]
+            for index, output in zip(unread, evaluate(carried, feeds, limit=self.limit), strict=True):
+                caches[index] = {past: output[present] for past, present in self._carried}
         return [
-            {
-                **token_columns(whole, shape.past, shape.past + shape.seq),
-                **{past: output[present] for past, present in self._carried},
-            }
-            for whole, shape, output in zip(wholes, shapes, outputs, strict=True)
+            {**token_columns(whole, shape.past, shape.past + shape.seq), **cache}
+            for whole, shape, cache in zip(wholes, shapes, caches, strict=True)
         ]
 
     def _tokens(self, shape: FeedShape) -> dict[str, np.ndarray]:
@@ -119,7 +123,8 @@ def program_interface(program: Program) -> Interface:
     cache = frozenset(str(past.name) for past, _ in program.cache_pairs())
     tokenizer = _tokenizer(program.source.assets.get("tokenizer.json"))
     pad_left = bool(cache) or program.task == Task.CAUSAL_LM
-    return Interface(ports, program.source.config, tokenizer, cache, pad_left)
+    steps = [one for site in cached_attention_sites(program.graph) if (one := site.selection.longest_step)]
+    return Interface(ports, program.source.config, tokenizer, cache, pad_left, min(steps, default=None))
 
 
 def _port(value: ir.Value) -> Port:

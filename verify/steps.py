@@ -9,6 +9,7 @@ import numpy as np
 from effc.errors import InputError
 from effc.runtime.kv_state import KvState
 from effc.runtime.session import Engine
+from effc.runtime.surprise import TOKEN_SCORES
 from effc.verify.inputs import FeedShape, Interface, make_feed, token_columns
 
 CHUNK = 64
@@ -37,7 +38,7 @@ def run_at(engine: Engine, interface: Interface, shape: FeedShape, *, seed: int 
 
 
 def token_feed(engine: Engine, ids: np.ndarray, past: int) -> dict[str, np.ndarray]:
-    """Feed for `ids` [batch, seq] after `past` tokens, no padding.
+    """Feed for `ids` [batch, seq] after `past` tokens, no padding, all tokens worth the same.
 
     Raises:
         InputError: The engine has an input that is not made from tokens.
@@ -48,6 +49,7 @@ def token_feed(engine: Engine, ids: np.ndarray, past: int) -> dict[str, np.ndarr
         "attention_mask": np.ones((batch, past + seq), np.int64),
         "position_ids": np.broadcast_to(np.arange(past, past + seq), (batch, seq)),
         "token_type_ids": np.zeros((batch, seq), np.int64),
+        TOKEN_SCORES: np.zeros((batch, past + seq), np.float32),
     }
     feed = {}
     for port in engine.manifest.inputs:

@@ -37,13 +37,13 @@ def cache_layout(program: Program) -> CacheLayout | None:
     readers = {use.node for past, _ in pairs for use in past.uses()}
     in_place = bool(readers) and all(is_cached_attention(node) or is_static_cache(node) for node in readers)
     sites = cached_attention_sites(program.graph)
-    mode = "in-place" if in_place else "growing"
     return CacheLayout(
-        mode,
+        "in-place" if in_place else "growing",
         entries,
         [cache_figures(site) for site in sites],
         endless=bool(sites) and _is_endless(sites),
         clusters=[_cluster_ports(site) for site in sites if isinstance(site.selection, ClusterSelection)],
+        longest_step=min((one for site in sites if (one := site.selection.longest_step)), default=None),
     )
 
 
@@ -64,7 +64,8 @@ def _is_endless(sites: Sequence[CachedAttentionSite]) -> bool:
     """Whether every attention rotates its keys, and meets them at bounded distances only."""
     selections = [site.selection for site in sites]
     moved = all(one.positions != "keep" for one in selections if isinstance(one, WindowSelection))
-    return moved and all(site.form.rotary != "none" and site.form.window for site in sites)
+    bounded = all(site.form.window or site.selection.turns_by_place for site in sites)
+    return moved and bounded and all(site.form.rotary != "none" for site in sites)
 
 
 def _dtype(value: ir.Value) -> str:

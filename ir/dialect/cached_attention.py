@@ -208,9 +208,10 @@ def cached_attention(
         storage: How it keeps its tokens.
         selection: Which of them it reads.
         bias: Added to the scaled scores.
-        tables: Cosines and sines of the new tokens, with rotary.
+        tables: Cosines and sines of the new tokens, with rotary, unless the selection turns tokens by place.
         constants: Behind the cache: scales of keys and values with storage `static`, cosines and sines of far queries
-            with a selection `window` that moves sinks, inputs of the graph with a selection `clusters`.
+            with a selection `window` that moves sinks, inputs of the graph with a selection `clusters`; those of all
+            places, and scores, with a selection `retain`.
         name: Of the node.
 
     Raises:
@@ -288,7 +289,7 @@ def past_values(node: ir.Node) -> list[ir.Value]:
 
 
 def constant_values(node: ir.Node) -> list[ir.Value]:
-    """The inputs behind the cache: scales of keys and values of a storage `static`, or the angles of far queries."""
+    """The inputs behind the cache: scales of a storage `static`, or angles and scores that the selection reads."""
     return [value for value in node.inputs[len(OPERANDS) + len(node.outputs) - 1 :] if value is not None]
 
 
@@ -356,8 +357,9 @@ def _check_operands(node: ir.Node, form: AttentionForm, storage: Storage, select
     missing = [name for name, value in zip(OPERANDS[:4], node.inputs) if value is None]
     if missing or len(node.inputs) <= len(OPERANDS):
         raise InputError(f"it needs {', '.join(OPERANDS[:4])} and the tensors of a cache")
-    if (form.rotary != "none") != (node.inputs[5] is not None) or (node.inputs[5] is None) != (node.inputs[6] is None):
-        raise InputError("it needs cos and sin with rotary, and has none without")
+    rotated = form.rotary != "none" and not selection.turns_by_place
+    if any(rotated != (value is not None) for value in node.inputs[5:7]):
+        raise InputError("it needs cos and sin with rotary, and has none without, or where it turns tokens by place")
     widths = (form.heads * form.head_size, form.kv_heads * form.head_size, form.kv_heads * form.value_size)
     for name, value, width in zip(OPERANDS, node.inputs, widths):
         _check_axes(name, value, ("batch", "seq", width))

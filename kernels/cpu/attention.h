@@ -71,6 +71,10 @@ struct AttentionKernels {
   // sums / sum, or 0 for a row that saw nothing. False when the result is not finite.
   bool (*finish)(QueryRow* rows, int64_t row_stride, const float* sums, int64_t sum_stride,
                  int64_t count, int64_t e, float* out);
+  // Rows of d floats, one after the other, whose element j turns with j + half by the angles of its
+  // row, `half` apart; as RotateRow, to the bit.
+  void (*turn_halves)(const TokenRows& rows, int64_t n, int64_t d, const float* cosines,
+                      const float* sines, int64_t half, float* out);
   void (*widen)(const void* from, Type type, int64_t n, float* to);
   // Rounds to nearest, ties to even; false when a result is not finite.
   bool (*narrow)(const float* from, int64_t n, Type type, void* to);

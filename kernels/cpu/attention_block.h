@@ -435,6 +435,32 @@ void WidenRow(const void* from, Type type, int64_t n, float* to) {
   });
 }
 
+template <class V>
+void TurnHalves(const TokenRows& rows, int64_t n, int64_t d, const float* cosines,
+                const float* sines, int64_t half, float* out) {
+  WithElement(rows.type, [&](auto* element) {
+    const auto* p = static_cast<decltype(element)>(rows.data);
+    for (int64_t t = 0; t < n; ++t, p += rows.stride, cosines += half, sines += half, out += d) {
+      int64_t j = 0;
+      for (; j + V::kLanes <= half; j += V::kLanes) {
+        const typename V::Vec a = V::Load(p + j);
+        const typename V::Vec b = V::Load(p + half + j);
+        const typename V::Vec c = V::Load(cosines + j);
+        const typename V::Vec s = V::Load(sines + j);
+        V::Store(out + j, V::Sub(V::Mul(a, c), V::Mul(b, s)));
+        V::Store(out + half + j, V::Add(V::Mul(b, c), V::Mul(a, s)));
+      }
+      for (; j < half; ++j) {
+        const float a = V::ToFloat(p[j]);
+        const float b = V::ToFloat(p[half + j]);
+        out[j] = a * cosines[j] - b * sines[j];
+        out[half + j] = b * cosines[j] + a * sines[j];
+      }
+      for (j = 2 * half; j < d; ++j) out[j] = V::ToFloat(p[j]);
+    }
+  });
+}
+
 // IEEE half, nearest even; larger numbers become infinity.
 EFFC_INLINE uint16_t HalfOf(float x) {
   const uint32_t bits = std::bit_cast<uint32_t>(x);
@@ -470,8 +496,8 @@ bool NarrowRow(const float* from, int64_t n, Type type, void* to) {
 
 template <class V>
 constexpr AttentionKernels MakeAttention() {
-  return {Scores<V>, Values<V>, Transpose<V>, PanelScores<V>,
-          Absorb<V>, Finish<V>, WidenRow<V>,  NarrowRow<V>};
+  return {Scores<V>, Values<V>,     Transpose<V>, PanelScores<V>, Absorb<V>,
+          Finish<V>, TurnHalves<V>, WidenRow<V>,  NarrowRow<V>};
 }
 
 }  // namespace

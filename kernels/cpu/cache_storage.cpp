@@ -7,6 +7,7 @@
 #include "cpu/dense_cache.h"
 #include "cpu/evict_cache.h"
 #include "cpu/page_cache.h"
+#include "cpu/retain_cache.h"
 #include "cpu/sink_cache.h"
 #include "cpu/stride_cache.h"
 #include "cpu/voted_cache.h"
@@ -112,6 +113,15 @@ SelectionSpec ReadEvict(const Attributes& attributes, SelectionSpec spec) {
   return spec;
 }
 
+SelectionSpec ReadRetain(const Attributes& attributes, SelectionSpec spec) {
+  spec.sinks = Between(attributes, "select_sinks", 0, kLargestSize);
+  spec.recent = Between(attributes, "select_recent", 0, kLargestSize);
+  spec.block = Between(attributes, "select_block", 1, kLargestSize);
+  const int64_t least = std::max(spec.sinks + spec.recent + spec.block, spec.sinks + 2);
+  spec.budget = Between(attributes, "select_budget", least, INT32_MAX);
+  return spec;
+}
+
 SelectionSpec ReadStride(const Attributes& attributes, SelectionSpec spec) {
   spec.sinks = Between(attributes, "select_sinks", 0, kLargestSize);
   spec.block = Between(attributes, "select_block", 1, kLargestSize);
@@ -133,9 +143,11 @@ SelectionSpec ReadSelection(const Attributes& attributes, const AttentionForm& f
                                     {"window", SelectionKind::kWindow},
                                     {"clusters", SelectionKind::kClusters},
                                     {"evict", SelectionKind::kEvict},
+                                    {"retain", SelectionKind::kRetain},
                                     {"stride", SelectionKind::kStride}});
   if (spec.kind == SelectionKind::kAll) return spec;
   if (spec.kind == SelectionKind::kEvict) return ReadEvict(attributes, spec);
+  if (spec.kind == SelectionKind::kRetain) return ReadRetain(attributes, spec);
   if (spec.kind == SelectionKind::kStride) return ReadStride(attributes, spec);
   if (spec.kind == SelectionKind::kWindow) {
     spec.sinks = Between(attributes, "select_sinks", 1, kBlockTokens);
@@ -174,6 +186,9 @@ std::unique_ptr<CacheStorage> ReadDense(const AttentionForm& form, int64_t ring,
                                         const SelectionSpec& selection) {
   if (selection.kind == SelectionKind::kEvict) {
     return std::make_unique<EvictStorage>(form, ring, selection);
+  }
+  if (selection.kind == SelectionKind::kRetain) {
+    return std::make_unique<RetainStorage>(form, ring, selection);
   }
   if (selection.kind == SelectionKind::kStride) {
     return std::make_unique<StrideStorage>(form, ring, selection);
@@ -226,7 +241,8 @@ std::unique_ptr<CacheStorage> ReadStorage(const Attributes& attributes, const At
   const SelectionSpec selection = ReadSelection(attributes, form);
   if (storage == "dense") {
     const int64_t ring = Between(attributes, "ring", 0, INT32_MAX);
-    const bool slots = selection.kind != SelectionKind::kEvict;  // places belong to slots
+    const bool slots = selection.kind != SelectionKind::kEvict &&  // places belong to slots
+                       selection.kind != SelectionKind::kRetain;
     if (slots && ring > 0 && (form.window == 0 || ring < form.window)) {
       throw Error("attribute 'ring' is " + std::to_string(ring) +
                   "; a ring must hold the window, which is " + std::to_string(form.window) +

@@ -35,8 +35,13 @@ class CacheStorage {
   // unknown).
   virtual std::vector<int64_t> Present(size_t index, const std::vector<int64_t>& past,
                                        int64_t total) const = 0;
-  // Whether two inputs follow the cache: cosines and sines for queries of far sinks.
-  virtual bool has_far_angles() const { return false; }
+  // Positions of which two inputs behind the cache have cosines and sines: that of queries of far
+  // sinks, or those of all places. 0: there are no such inputs.
+  virtual int64_t far_positions() const { return 0; }
+  // Whether those of places take the place of the new tokens' own.
+  virtual bool turns_by_place() const { return false; }
+  // Whether an input follows them: a score of every token.
+  virtual bool reads_scores() const { return false; }
   // Whether five inputs follow the cache: the clusters of a prefix.
   virtual bool has_clusters() const { return false; }
   // Attention of one step into y, then the cache that follows into `present`.

@@ -57,9 +57,10 @@ struct AttentionOperands {
   const float* cosine = nullptr;  // [angle_batch, S, R / 2] with rotary
   const float* sine = nullptr;
   int64_t angle_batch = 1;
-  const float* far_cosine = nullptr;  // [far_batch, R / 2]: queries of far sinks
+  const float* far_cosine = nullptr;  // [far_batch, positions, R / 2] of a storage that has them
   const float* far_sine = nullptr;
   int64_t far_batch = 1;
+  const float* scores = nullptr;  // [B, T] of a storage that reads them
   TokenClusters clusters;
 
   int64_t past() const { return total - seq; }
@@ -88,6 +89,7 @@ enum ThreadBuffer {
   kPageScratch,
   kPageQueries,
   kFarQueries,
+  kTurnedKeys,
   kVotes,
   kPartScores,
   kTokenShares,

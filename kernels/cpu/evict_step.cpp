@@ -150,16 +150,11 @@ void EvictStep::LogReads() const {
   for (int64_t row = 0; row < operands.batch; ++row) {
     if (rows_[row].tokens <= 0) continue;
     for (int64_t head = 0; head < form.kv_heads; ++head) {
-      std::vector<SlotRun> runs;
+      std::vector<int64_t> tokens;
       for (int64_t c = 0; c < rows_[row].candidates(); ++c) {
-        const int64_t token = Candidate(row, head, c);
-        if (!runs.empty() && runs.back().end == token) {
-          ++runs.back().end;
-        } else {
-          runs.push_back({token, token + 1});
-        }
+        tokens.push_back(Candidate(row, head, c));
       }
-      LogRead(row, head, rows_[row].tokens, std::move(runs));
+      LogRead(row, head, rows_[row].tokens, RunsOf(tokens));
     }
   }
 }

@@ -42,6 +42,18 @@ LoggedNode::~LoggedNode() { node = nullptr; }
 
 bool LogsReads() { return logging; }
 
+std::vector<SlotRun> RunsOf(const std::vector<int64_t>& numbers) {
+  std::vector<SlotRun> runs;
+  for (const int64_t number : numbers) {
+    if (!runs.empty() && runs.back().end == number) {
+      ++runs.back().end;
+    } else {
+      runs.push_back({number, number + 1});
+    }
+  }
+  return runs;
+}
+
 void LogRead(int64_t row, int64_t head, int64_t tokens, std::vector<SlotRun> runs) {
   const std::lock_guard<std::mutex> lock(mutex);
   log.push_back({node == nullptr ? "" : *node, row, head, tokens, std::move(runs)});

@@ -33,6 +33,8 @@ class LoggedNode {
 // Adds what a row and key head read while the log is on; runs are counted from the row's first
 // token.
 bool LogsReads();
+// Runs of ascending numbers.
+std::vector<SlotRun> RunsOf(const std::vector<int64_t>& numbers);
 void LogRead(int64_t row, int64_t head, int64_t tokens, std::vector<SlotRun> runs);
 
 // Adds a step while the log is on. `reads` is what Attend() got.

@@ -11,7 +11,16 @@
 
 namespace effc {
 
-enum class SelectionKind : int32_t { kAll, kPages, kTopK, kWindow, kClusters, kEvict, kStride };
+enum class SelectionKind : int32_t {
+  kAll,
+  kPages,
+  kTopK,
+  kWindow,
+  kClusters,
+  kEvict,
+  kRetain,
+  kStride
+};
 
 // How far sinks are from a query that reads them beyond its window.
 enum class FarPositions : int32_t {
@@ -24,8 +33,10 @@ enum class FarPositions : int32_t {
 // blocks, and at least `recent` last ones; a step chooses among the blocks. kTopK: the same with
 // blocks of one token. kWindow: `sinks` first ones are read besides the window. kClusters: the
 // queries of the `recent` last tokens are kept. kEvict: the cache keeps `budget` tokens, `sinks`
-// first and `recent` last ones among them, and loses `block` tokens when it is full. kStride:
-// `sinks` first tokens, `recent` last ones in whole blocks, and every `stride`-th block are read.
+// first and `recent` last ones among them, and loses `block` tokens when it is full. kRetain: the
+// cache has room for `budget` tokens, `sinks` first and `recent` last ones among them, and makes
+// room for `block` tokens at least when it is full. kStride: `sinks` first tokens, `recent` last
+// ones in whole blocks, and every `stride`-th block are read.
 struct SelectionSpec {
   SelectionKind kind = SelectionKind::kAll;
   int64_t sinks = 0;

@@ -14,7 +14,7 @@ SinkStorage::SinkStorage(const AttentionForm& form, int64_t ring, const Selectio
     : DenseStorage(form, ring), selection_(selection) {
   if (ring == 0) throw Error("selection 'window' needs a ring");
   if (!form.causal) throw Error("selection 'window' needs causal attention");
-  if (has_far_angles() && form.rotary == Rotary::kNone) {
+  if (far_positions() > 0 && form.rotary == Rotary::kNone) {
     throw Error("sinks are moved by rotation only; give rotary, or select_positions 'keep'");
   }
 }

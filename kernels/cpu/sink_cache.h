@@ -12,7 +12,9 @@ class SinkStorage : public DenseStorage {
   SinkStorage(const AttentionForm& form, int64_t ring, const SelectionSpec& selection);
 
   std::vector<CacheTensorForm> Tensors(int64_t batch) const override;
-  bool has_far_angles() const override { return selection_.positions != FarPositions::kKeep; }
+  int64_t far_positions() const override {
+    return selection_.positions != FarPositions::kKeep ? 1 : 0;
+  }
   void Step(const Kernels& kernels, const AttentionOperands& operands,
             const std::vector<CacheTensor>& past, const std::vector<CacheTensor>& present,
             const ParallelFunction& parallel, float* y) const override;

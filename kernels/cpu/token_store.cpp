@@ -41,8 +41,9 @@ void BlockReader::Scores(const BlockPlace& block, const float* queries, int64_t 
     if (run.page != nullptr) {
       return ScorePage(run.page, queries, m, ordered, scores, kScoreStride);
     }
-    pieces_.scores(queries, PaddedRow(d), m, run.keys, run.count, d, scores + at, kScoreStride,
-                   Distance(run.keys, run.values));
+    const TokenRows keys = store_.Keys(block.row, block.head, block.begin + at, run);
+    pieces_.scores(queries, PaddedRow(d), m, keys, run.count, d, scores + at, kScoreStride,
+                   Distance(keys, run.values));
   });
 }
 
@@ -51,7 +52,8 @@ void BlockReader::KeyScores(const BlockPlace& block, const float* queries, int64
   const int64_t d = form_.head_size;
   ForEachRun(store_, block, [&](const TokenSpan& run, int64_t at) {
     if (run.page == nullptr) {
-      return pieces_.scores(queries, PaddedRow(d), m, run.keys, run.count, d, scores + at, stride,
+      const TokenRows keys = store_.Keys(block.row, block.head, block.begin + at, run);
+      return pieces_.scores(queries, PaddedRow(d), m, keys, run.count, d, scores + at, stride,
                             kStreamBytes);
     }
     ScorePage(run.page, queries, m, true, scores, stride);
@@ -74,7 +76,8 @@ void BlockReader::Widen(const BlockPlace& block, float* panels, float* values) c
   const int64_t e = form_.value_size;
   ForEachRun(store_, block, [&](const TokenSpan& run, int64_t at) {
     if (run.page != nullptr) return WidenPage(run.page, panels, values);
-    pieces_.transpose(run.keys, run.count, form_.head_size, at, panels);
+    const TokenRows keys = store_.Keys(block.row, block.head, block.begin + at, run);
+    pieces_.transpose(keys, run.count, form_.head_size, at, panels);
     const char* row = static_cast<const char*>(run.values.data);
     const int64_t stride = run.values.stride * ElementBytes(run.values.type);
     for (int64_t t = 0; t < run.count; ++t, row += stride) {

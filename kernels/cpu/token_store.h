@@ -23,6 +23,9 @@ class TokenStore {
   virtual int64_t BlockEnd(int64_t row, int64_t begin, int64_t end) const = 0;
   // The longest run from `slot` on that ends at `end` or before; a page is asked for as a block.
   virtual TokenSpan Run(int64_t row, int64_t head, int64_t slot, int64_t end) const = 0;
+  // Keys of a run from `slot` on as queries meet them. Memory of the thread, good until the next
+  // call, where that is not how they lie.
+  virtual TokenRows Keys(int64_t, int64_t, int64_t, const TokenSpan& run) const { return run.keys; }
   virtual const PageLayout* layout() const { return nullptr; }
 };
 

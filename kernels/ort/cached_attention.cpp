@@ -64,7 +64,8 @@ CachedAttentionKernel::CachedAttentionKernel(OrtApi* table, const OrtKernelInfo*
     size_t count = 0;
     Check(api_.KernelInfoGetInputCount(info, &count));
     const size_t tensors = storage_->Tensors(-1).size();
-    const size_t needed = kFirstPast + tensors + (storage_->has_far_angles() ? 2 : 0) +
+    const size_t needed = kFirstPast + tensors + (storage_->far_positions() > 0 ? 2 : 0) +
+                          (storage_->reads_scores() ? 1 : 0) +
                           (storage_->has_clusters() ? kClusterInputs : 0);
     if (count != needed) {
       throw Error("it has " + std::to_string(count) + " inputs; this storage needs " +
@@ -123,6 +124,7 @@ AttentionOperands CachedAttentionKernel::ReadOperands(const OrtKernelContext* co
   ReadBias(context, operands);
   ReadAngles(context, operands);
   ReadFarAngles(context, operands);
+  ReadScores(context, operands);
   ReadClusters(context, operands);
   return operands;
 }
@@ -148,11 +150,12 @@ void CachedAttentionKernel::ReadAngles(const OrtKernelContext* context,
                                        AttentionOperands& operands) const {
   const Input inputs[] = {Operand(context, kCos, Type::kFloat),
                           Operand(context, kSin, Type::kFloat)};
-  const bool rotates = form_.rotary != Rotary::kNone;
+  const bool rotates = form_.rotary != Rotary::kNone && !storage_->turns_by_place();
   const int64_t half = form_.rotary_size / 2;
   for (size_t i = 0; i < 2; ++i) {
     const std::vector<int64_t>& dims = inputs[i].dims;
-    if (!rotates && !dims.empty()) throw Error("cos and sin are given, but rotary is 'none'");
+    if (!rotates && !dims.empty())
+      throw Error("cos and sin are given, but nothing is rotated by them");
     if (!rotates) continue;
     if (!Fits(dims, {-1, operands.seq, half}) || (dims[0] != 1 && dims[0] != operands.batch) ||
         dims[0] != inputs[0].dims[0]) {
@@ -170,7 +173,8 @@ void CachedAttentionKernel::ReadAngles(const OrtKernelContext* context,
 
 void CachedAttentionKernel::ReadFarAngles(const OrtKernelContext* context,
                                           AttentionOperands& operands) const {
-  if (!storage_->has_far_angles()) return;
+  const int64_t positions = storage_->far_positions();
+  if (positions == 0) return;
   const size_t first = kFirstPast + storage_->Tensors(-1).size();
   const int64_t half = form_.rotary_size / 2;
   const float* angles[2];
@@ -181,15 +185,27 @@ void CachedAttentionKernel::ReadFarAngles(const OrtKernelContext* context,
     if (tensor.type != Type::kFloat) {
       throw Error(std::string(name) + " is " + TypeName(tensor.type) + ", but must be float32");
     }
-    if (!Fits(dims, {-1, 1, half}) || (dims[0] != 1 && dims[0] != operands.batch) ||
+    if (!Fits(dims, {-1, positions, half}) || (dims[0] != 1 && dims[0] != operands.batch) ||
         (i == 1 && dims[0] != operands.far_batch)) {
-      RefuseShape(name, dims, "[1 or batch,1,rotary_size / 2], cos and sin alike");
+      RefuseShape(
+          name, dims,
+          "[1 or batch," + std::to_string(positions) + ",rotary_size / 2], cos and sin alike");
     }
     operands.far_batch = dims[0];
     angles[i] = tensor.as<float>();
   }
   operands.far_cosine = angles[0];
   operands.far_sine = angles[1];
+}
+
+void CachedAttentionKernel::ReadScores(const OrtKernelContext* context,
+                                       AttentionOperands& operands) const {
+  if (!storage_->reads_scores()) return;
+  const size_t angles = storage_->far_positions() > 0 ? 2 : 0;
+  const size_t index = kFirstPast + storage_->Tensors(-1).size() + angles;
+  const std::vector<int64_t> dims = {operands.batch, operands.total};
+  const CacheTensor scores = ReadTensor(context, index, {"scores", {Type::kFloat}, dims});
+  operands.scores = reinterpret_cast<const float*>(scores.data);
 }
 
 void CachedAttentionKernel::ReadClusters(const OrtKernelContext* context,

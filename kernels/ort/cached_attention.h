@@ -27,6 +27,7 @@ class CachedAttentionKernel : public NodeKernel {
   AttentionOperands ReadOperands(const OrtKernelContext* context) const;
   void ReadBias(const OrtKernelContext* context, AttentionOperands& operands) const;
   void ReadFarAngles(const OrtKernelContext* context, AttentionOperands& operands) const;
+  void ReadScores(const OrtKernelContext* context, AttentionOperands& operands) const;
   void ReadClusters(const OrtKernelContext* context, AttentionOperands& operands) const;
   void ReadAngles(const OrtKernelContext* context, AttentionOperands& operands) const;
   Input Operand(const OrtKernelContext* context, size_t index, Type type) const;

@@ -40,7 +40,7 @@ def change_cache(
     form = form or site.form
     tensors = cache_tensors(form, storage, selection)
     past = _inputs(site, tensors)
-    tables = (cos, sin) if cos is not None and sin is not None else None
+    tables = (cos, sin) if cos is not None and sin is not None and not selection.turns_by_place else None
     operands = [query, key, value, valid]
     new = cached_attention(
         operands, past, form, storage,

@@ -1,4 +1,4 @@
-"""Cosines and sines of one fixed position, as a model's own rotation has them."""
+"""Cosines and sines of fixed positions, as a model's own rotation has them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ POSITIONS = "position_ids"
 
 
 class FarAngles:
-    """Makes the angles of far queries, once for every rotation and position.
+    """Makes the angles of fixed positions, once for every rotation and range of them.
 
     Args:
         graph: The graph of all sites.
@@ -23,7 +23,7 @@ class FarAngles:
     def __init__(self, graph: ir.Graph) -> None:
         self.graph = graph
         self.positions = next((value for value in graph.inputs if value.name == POSITIONS), None)
-        self._made: dict[tuple[ir.Value, int], ir.Value] = {}
+        self._made: dict[tuple[ir.Value, range], ir.Value] = {}
 
     def reason_against(self, site: CachedAttentionSite) -> str:
         """Why the angles of a site cannot be had at another position; empty when they can."""
@@ -32,23 +32,23 @@ class FarAngles:
             return f"its rotation does not come from the input {POSITIONS}, so that of another position is unknown"
         return ""
 
-    def at(self, site: CachedAttentionSite, position: int) -> list[ir.Value]:
-        """Cosines and sines [1, 1, rotary_size / 2] of a position.
+    def at(self, site: CachedAttentionSite, positions: range) -> list[ir.Value]:
+        """Cosines and sines [1, positions, rotary_size / 2].
 
-        They are the nodes that compute the model's own, copied behind a constant position, and constants as far as
+        They are the nodes that compute the model's own, copied behind constant positions, and constants as far as
         they depend on nothing else.
         """
-        return [self._table(table, position, site.node) for table in site.node.inputs[5:7] if table is not None]
+        return [self._table(table, positions, site.node) for table in site.node.inputs[5:7] if table is not None]
 
-    def _table(self, table: ir.Value, position: int, before: ir.Node) -> ir.Value:
-        key = (table, position)
+    def _table(self, table: ir.Value, positions: range, before: ir.Node) -> ir.Value:
+        key = (table, positions)
         if key not in self._made:
-            self._made[key] = self._copy(table, position, before)
+            self._made[key] = self._copy(table, positions, before)
         return self._made[key]
 
-    def _copy(self, table: ir.Value, position: int, before: ir.Node) -> ir.Value:
+    def _copy(self, table: ir.Value, positions: range, before: ir.Node) -> ir.Value:
         assert self.positions is not None
-        copies = {self.positions: new_constant(self.graph, np.array([[position]], np.int64))}
+        copies = {self.positions: new_constant(self.graph, np.array([positions], np.int64))}
         for node in self._chain(table):
             inputs = [copies.get(value, value) if value is not None else None for value in node.inputs]
             copy = ir.Node(

@@ -19,6 +19,7 @@ from effc.passes.attention.cluster_inputs import cluster_inputs
 from effc.passes.attention.far_angles import FarAngles
 from effc.passes.attention.raising import other_attention
 from effc.passes.attention.selection_schemes import SCHEMES, Change, SelectionScheme
+from effc.passes.attention.token_scores import token_scores
 from effc.passes.base import Contract, LeftAlone, Match, Pass, PassReport, Site
 from effc.passes.canonical.simplify import simplify_program
 
@@ -34,6 +35,7 @@ LIMITS = {
     "first": (0, 10**6),
     "last": (0, 10**6),
 }
+FILTERED = "its prompts are filtered by a second graph over the first layers, which is told no scores of tokens"
 LAYERS = ("scheme", "first", "last", "skip")
 """Options that every scheme has."""
 
@@ -48,8 +50,10 @@ class SparseAttention(Pass):
     every token reads the last ones and the first ones only, so that memory and time stay constant however long the text
     gets; what leaves the window is gone. `evict`: the cache has room for a constant number of tokens; when it is full,
     those that the last queries attend to stay and the others are gone; a prompt that is read in one step is read in
-    full. `stride`: every token, of prompts too, reads a fixed pattern of blocks; it is meant for models that were
-    trained with it. `docs/sparse-attention.md` has what each costs and saves.
+    full. `retain`: the same, but those stay that surprised the model most, and positions are places of the cache, so
+    that a dialogue may go on for ever; a caller gives the surprise, as `effc chat` and `effc generate` do. `stride`:
+    every token, of prompts too, reads a fixed pattern of blocks; it is meant for models that were trained with it.
+    `docs/sparse-attention.md` has what each costs and saves.
 
     Before:
 
@@ -70,20 +74,22 @@ class SparseAttention(Pass):
             single tokens by the attention of all heads together (TokenSelect). `window`: the last tokens in a ring and
             the first ones (StreamingLLM, LM-Infinite). `clusters`: of a prefix made with `effc prefix`, the clusters of
             keys that matter to a query (Squeezed Attention). `evict`: those that the last queries attend to, the others
-            dropped (SnapKV). `stride`: the last blocks and one in so many of those before (LongGen).
+            dropped (SnapKV). `retain`: those that surprised the model most, the others dropped (SirLLM). `stride`: the
+            last blocks and one in so many of those before (LongGen).
         budget: `pages`: tokens in blocks that a step reads, `topk`: tokens that it reads the values of, at least; None:
             1024, and 0 with `share`. `evict`: tokens that stay when the cache is full, sinks and recent ones included;
-            None: 2048.
+            None: 2048. `retain`: tokens that the cache has room for; None: 2048.
         share: `pages`, `topk`: share of the blocks or tokens that a step reads, at least.
         block: `pages`: tokens of a block of a dense cache; None: 16. A coded cache has its pages. `evict`: tokens
             beyond the budget that a full cache has and loses then; None: one in 16 of the budget, at most 256.
+            `retain`: tokens that a full cache makes room for, at least; None: one in 64 of the budget, at most 256.
             `stride`: tokens of a block; None: 64.
         sinks: Tokens at the start that every step reads; None: 4, or as the coded cache keeps them.
         recent: Tokens at the end that every step reads: with `pages` at least so many, None: 32, or as the coded cache
             keeps them; with `topk` exactly so many, None: 32; with `window` too, the new one included, None: 1024; with
             `clusters` those of a prefix whose queries set its thresholds, None: 100; with `evict` those whose queries
-            choose what stays, None: 32; with `stride` those of the near blocks, that of the new token included, None:
-            512.
+            choose what stays, None: 32; with `retain` those that stay whatever they are worth, None: one in 8 of the
+            budget; with `stride` those of the near blocks, that of the new token included, None: 512.
         positions: `window`: how far the sinks are from a query that reads them beyond its window. `compact`: as if they
             came right before the window (StreamingLLM). `cap`: as far as the window is long (LM-Infinite). `keep`: as
             far as they are, which a model knows only up to the length it was trained on. None: `compact`.
@@ -105,7 +111,7 @@ class SparseAttention(Pass):
 
     name: ClassVar[str] = "sparse-attention"
     contract: ClassVar[Contract] = Contract.APPROXIMATE
-    scheme: Literal["pages", "topk", "window", "clusters", "evict", "stride"] = "pages"
+    scheme: Literal["pages", "topk", "window", "clusters", "evict", "retain", "stride"] = "pages"
     budget: int | None = field(default=None, metadata={"range": "0 or more"})
     share: float | None = field(default=None, metadata={"range": "above 0, to 1"})
     block: int | None = field(default=None, metadata={"range": "1 to 256"})
@@ -156,6 +162,8 @@ class SparseAttention(Pass):
         """Find every layer that the selection can read."""
         sites, left = [], []
         attentions = cached_attention_sites(program.graph)
+        if self._scheme().whole and program.prompt_filter is not None:
+            return Match((), [LeftAlone(one.name, FILTERED) for one in attentions])
         angles, scheme = FarAngles(program.graph), self._scheme()
         for index, attention in enumerate(attentions):
             layer = scheme.for_layer(index, len(attentions))
@@ -165,6 +173,8 @@ class SparseAttention(Pass):
                 left.append(LeftAlone(attention.name, reason))
             else:
                 sites.append(Site(attention.name, (attention, change)))
+        if scheme.whole:
+            sites, left = _all_or_none(sites, left, {one.name for one in attentions if one.form.window})
         return Match(sites, [*left, *other_attention(program, bool(attentions))])
 
     def apply(self, program: Program, sites: Sequence[Site]) -> PassReport:
@@ -206,8 +216,18 @@ class SparseAttention(Pass):
 
 def _constants(site: CachedAttentionSite, change: Change, angles: FarAngles) -> Sequence[ir.Value]:
     """The inputs behind the cache."""
-    if change.far is not None:
-        return angles.at(site, change.far)
     if isinstance(change.selection, ClusterSelection):
         return cluster_inputs(site, change.form, change.selection)
-    return []
+    tables = angles.at(site, change.far) if change.far is not None else []
+    valid = site.node.inputs[3]
+    assert valid is not None and isinstance(site.node.graph, ir.Graph)
+    return [*tables, token_scores(site.node.graph, valid)] if change.selection.reads_scores else tables
+
+
+def _all_or_none(sites: list[Site], left: list[LeftAlone], windowed: set[str]) -> tuple[list[Site], list[LeftAlone]]:
+    """Nothing is taken when a layer without a window of its own is left: its positions would be others."""
+    missing = next((one for one in left if one.site not in windowed), None)
+    if missing is None:
+        return sites, left
+    reason = f"{missing.site} cannot have it ({missing.reason}), and the layers must share one place for every token"
+    return [], [*left, *(LeftAlone(site.name, reason) for site in sites)]

@@ -130,6 +130,8 @@ def _reason(site: CachedAttentionSite) -> str:
     """Why a layer cannot score; empty when it can."""
     if site.form.window:
         return f"its window of {site.form.window} tokens hides the others; take a layer without one"
+    if site.selection.turns_by_place:
+        return f"its cache has selection={site.selection.kind}, which knows places and no positions"
     if site.node.inputs[4] is not None:
         return "its mask is only known as numbers added to the scores, so what it hides cannot be told"
     return "its scale is not positive" if site.form.scale <= 0 else ""

@@ -2,13 +2,17 @@
 
 import importlib
 import inspect
+import io
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+
+from effc.errors import UsageError
 
 SUMMARY = {
     "engine": "out",
@@ -197,6 +201,39 @@ def measurement(**more):
     }
 
 
+@dataclass
+class Generation:
+    text: str
+    token_ids: list
+    finish_reason: str = "length"
+    prompt_tokens: int = 3
+    kept_tokens: int = 3
+    prefill_seconds: float = 0.1
+    decode_seconds: float = 0.2
+    prefix_tokens: int = 0
+
+
+class Talk:
+    """A dialogue that repeats what it hears, and has had enough after three turns."""
+
+    def __init__(self, **options):
+        self.options = options
+        self.heard = []
+
+    @property
+    def length(self):
+        return sum(map(len, self.heard))
+
+    def say(self, line, *, max_new_tokens, stop, stream=None):
+        self.heard.append(line)
+        if len(self.heard) > 3:
+            raise UsageError("the dialogue has 3 tokens.")
+        text = f"{line}, {max_new_tokens}"
+        for piece in text.split(" ") if stream else ():
+            stream(piece)
+        return Generation(text, [1, 2])
+
+
 class OpenEngine:
     """An engine that answers from memory."""
 
@@ -210,17 +247,6 @@ class OpenEngine:
         return None
 
     def generate(self, prompts, *, stream, **options):
-        @dataclass
-        class Generation:
-            text: str
-            token_ids: list
-            finish_reason: str = "length"
-            prompt_tokens: int = 3
-            kept_tokens: int = 3
-            prefill_seconds: float = 0.1
-            decode_seconds: float = 0.2
-            prefix_tokens: int = 0
-
         self.options = options
         read = "" if options["filter_prompt"] else "all of "
         texts = [f"{read}{prompt} and [more]" for prompt in prompts]
@@ -228,6 +254,14 @@ class OpenEngine:
             for piece in text.split(" ") if stream else ():
                 stream(row, piece)
         return [Generation(text, [1, 2]) for text in texts]
+
+    @property
+    def tokenizer(self):
+        return SimpleNamespace(has_chat_template=self.folder.name == "chatty")
+
+    def dialogue(self, **options):
+        self.talk = Talk(**options)
+        return self.talk
 
     def write_prefix(self, text, output, *, chat, keep, cluster_tokens):
         self.options = {"keep": keep, "cluster_tokens": cluster_tokens}
@@ -265,6 +299,50 @@ def test_generate_passes_the_prefix_on(effc, stand_in) -> None:
     for words, prefix in (([], None), (["--prefix", "p"], Path("p"))):
         assert effc("generate", "e", "--prompt", "x", *words).code == 0
         assert engine.options["prefix"] == prefix
+
+
+@pytest.fixture
+def hear(monkeypatch):
+    """Puts bytes on stdin."""
+    return lambda content: monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content), encoding="ascii"))
+
+
+def test_chat(effc, session, hear) -> None:
+    hear("one\n\nzwö \n".encode())
+    assert effc("chat", "e", "--max-new-tokens", 5).out == "one,5\nzwö,5\n"
+    hear(b"one\ntwo")
+    result = effc("chat", "e", "--json")
+    lines = [replace(result, out=line).json("chat") for line in result.out.splitlines()]
+    assert [(line["prompt"], line["text"], line["dialogue_tokens"]) for line in lines] == [
+        ("one", "one, 256", 3),
+        ("two", "two, 256", 6),
+    ]
+    hear(b"a\nb\nc\nd\ne\n")
+    result = effc("chat", "e")
+    assert (result.code, result.out) == (2, "a,256\nb,256\nc,256\n")
+    assert "the dialogue has 3 tokens" in result.err
+    hear(b"\xff\n")
+    result = effc("chat", "e")
+    assert result.code == 3
+    assert "is not UTF-8 text" in result.err
+
+
+def test_chat_passes_its_options_on(effc, stand_in, hear) -> None:
+    opened = []
+
+    def load(folder, threads=None):
+        opened.append(OpenEngine(folder, threads))
+        return opened[-1]
+
+    stand_in("effc.runtime.session", load=load)
+    for words, chat in ((["e"], False), (["chatty"], True), (["chatty", "--no-template"], False)):
+        hear(b"a\n")
+        assert effc("chat", *words, "--decay", 0.5, "--system", "s", "--top-k", 3, "--seed", 4).code == 0
+        assert opened[-1].talk.options == {
+            "chat": chat, "decay": 0.5, "system": "s", "temperature": 0.0, "top_k": 3, "top_p": 1.0,
+            "repetition_penalty": 1.0, "seed": 4,
+        }  # fmt: skip
+    assert effc("chat", "e", "--decay", 2).code == 2
 
 
 def test_prefix_passes_the_options_of_clusters_on(effc, stand_in, tmp_path) -> None:

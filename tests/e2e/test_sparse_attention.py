@@ -74,6 +74,12 @@ def dense(model: Path, tmp_path_factory: pytest.TempPathFactory, ids: np.ndarray
         ("stored-weights{min-bytes=0},sparse-attention{scheme=window,recent=64,positions=cap}", 0.5),
         ("sparse-attention{scheme=evict,budget=150}", 1e-5),
         ("kv-cache{scheme=dense},sparse-attention{scheme=evict,budget=64,recent=16}", 0.3),
+        ("sparse-attention{scheme=retain,budget=160}", 1e-5),
+        (
+            "stored-weights{min-bytes=0},cached-attention{rotary=inside},kv-cache{scheme=dense},"
+            "sparse-attention{scheme=retain,budget=64}",
+            0.5,
+        ),
         ("sparse-attention{scheme=stride,recent=192}", 1e-5),
         ("sparse-attention{scheme=stride,recent=32,block=16,stride=3}", 0.3),
     ],
@@ -148,14 +154,19 @@ READING = {
     "topk": "share=0.25,recent=8",
     "window": "recent=48",
     "evict": "budget=40,recent=8",
+    "retain": "budget=40,recent=8",
     "stride": "recent=16,block=8,stride=4,middle=true",
 }
+
+
+ENDLESS = ("window", "retain")
+"""Of all layers; nothing in the middle is read, as `retain` is told nothing of what tokens are worth."""
 
 
 @pytest.mark.parametrize("scheme", READING)
 def test_what_decoding_reads_is_told(model: Path, tmp_path: Path, scheme: str) -> None:
     options = READING[scheme]
-    first = 0 if scheme == "window" else 1
+    first = 0 if scheme in ENDLESS else 1
     engine = build(model, tmp_path / "engine", f"sparse-attention{{scheme={scheme},first={first},{options}}}")
     found = measure_reads(engine, list(range(5, 45)) * 3, steps=20)
     assert (found["tokens"], found["steps"], len(found["layers"])) == (120, 20, 3)
@@ -169,7 +180,7 @@ def test_what_decoding_reads_is_told(model: Path, tmp_path: Path, scheme: str) -
         assert layer["map"][:4] == [1.0] * 4
         assert layer["map"][-1] == 1.0
     middle = np.array(found["layers"][-1]["map"][4:50])
-    assert (middle.max() == 0) == (scheme == "window")
+    assert (middle.max() == 0) == (scheme in ENDLESS)
 
 
 def test_reads_are_known_of_our_kernels_only(model: Path, tmp_path: Path) -> None:

@@ -105,16 +105,20 @@ def open_model(
     threads: int = 2,
     storage: Mapping[str, object] = DENSE,
     constants: Mapping[str, np.ndarray] | None = None,
+    scores: bool = False,
     **overrides: object,
 ) -> Model:
-    """A session for tensors of the past like `past`, with constants behind them; sizes that may grow are symbolic."""
+    """A session for tensors of the past like `past`; sizes that may grow are symbolic.
+
+    Constants, and an input `scores`, come behind the cache.
+    """
     attributes = {**asdict(form), **storage, **overrides}
     attributes = {name: value for name, value in attributes.items() if value is not None}
     inputs = ["query", "key", "value", "valid", *(name if name in optional else "" for name in OPTIONAL)]
     cache = range(len(past))
     node = helper.make_node(
         "CachedAttention",
-        [*inputs, *(f"past{i}" for i in cache), *(constants or {})],
+        [*inputs, *(f"past{i}" for i in cache), *(constants or {}), *(["scores"] if scores else [])],
         ["y", *(f"present{i}" for i in cache)],
         name="attention",
         domain="effc",
@@ -131,6 +135,8 @@ def open_model(
     }
     given = [helper.make_tensor_value_info(name, *shapes[name]) for name in inputs if name]
     results = [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", "seq", form.heads * form.value_size])]
+    if scores:
+        given.append(helper.make_tensor_value_info("scores", TensorProto.FLOAT, ["batch5", "total3"]))
     for i, tensor in enumerate(past):
         heads = [tensor.shape[1]] if tensor.ndim > 2 else []
         for to, word, size in ((given, "past", "old"), (results, "present", "new")):

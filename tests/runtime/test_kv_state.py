@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,22 @@ def test_long_run_grows_and_stays_right(make_lm: Callable[..., Path], lm_oracle:
     ids = [int(item) for item in np.random.default_rng(1).integers(0, 260, 90)]
     with load(make_lm(mode)) as engine:
         np.testing.assert_allclose(run_in_steps(engine, ids, [1] * 90), lm_oracle.logits(ids), **TOLERANCE)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("most", [1, 4, 9, 10])
+def test_a_long_step_is_cut_into_what_the_engine_takes(
+    make_lm: Callable[..., Path], lm_oracle: Any, mode: str, most: int
+) -> None:
+    ids = [5, 200, 17, 17, 44, 0, 259, 3, 120, 8, 9, 10]
+    with load(make_lm(mode)) as engine:
+        assert engine.manifest.cache is not None
+        layout = replace(engine.manifest.cache, longest_step=most)
+        state = KvState(engine.session, layout, engine.manifest.inputs, 1)
+        assert state.run(feed(ids[:2], 0), []) == {}
+        logits = state.run(feed(ids[2:], 2), ["logits"])["logits"][0]
+        assert state.length == len(ids)
+        np.testing.assert_allclose(logits, lm_oracle.logits(ids)[2:], **TOLERANCE)
 
 
 def test_in_place_growth_copies_once_and_keeps_the_tokens(

@@ -10,7 +10,9 @@ from effc.verify.inputs import (
     hard_shapes,
     make_feed,
     quick_shapes,
+    token_columns,
     valid_positions,
+    within_step,
 )
 from effc.verify.snapshot import program_interface
 
@@ -100,6 +102,29 @@ def test_hard_shapes_reach_past_the_window_and_stay_below_the_limit() -> None:
         assert min(shape.seq for shape in shapes) >= 1
     assert {shape.past for shape in hard_shapes(program_interface(encoder()))} == {0}
     assert quick_shapes(program_interface(encoder())) == (FeedShape(2, 5, 0, True),)
+
+
+def test_scores_of_tokens_are_zeros_that_grow_with_the_mask() -> None:
+    scores = Port("token_scores", "float32", ["batch", "total"])
+    interface = Interface([Port("input_ids", "int64", ["batch", "seq"]), scores], {"vocab_size": 9}, longest_step=4)
+    feed = make_feed(interface, FeedShape(2, 7))
+    assert feed["token_scores"].shape == (2, 7)
+    assert not feed["token_scores"].any()
+    part = token_columns(feed, 3, 5)
+    assert (part["input_ids"].shape, part["token_scores"].shape) == ((2, 2), (2, 5))
+    assert make_feed(interface, FeedShape(2, 3, 4))["token_scores"].shape == (2, 7)
+
+
+def test_steps_are_no_longer_than_a_run_takes() -> None:
+    shapes = [FeedShape(1, 67), FeedShape(3, 7, 0, True), FeedShape(1, 4), FeedShape(1, 6, 5)]
+    cut = within_step(shapes, Interface([], longest_step=4))
+    assert cut == (
+        FeedShape(1, 4, 63, own_past=True),
+        FeedShape(3, 4, 3, True, True),
+        FeedShape(1, 4),
+        FeedShape(1, 4, 7, own_past=True),
+    )
+    assert within_step(shapes, Interface([])) == tuple(shapes)
 
 
 def test_valid_positions() -> None:

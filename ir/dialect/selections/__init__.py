@@ -10,6 +10,7 @@ from effc.ir.dialect.selections.base import TokenSelection
 from effc.ir.dialect.selections.clusters import ClusterSelection
 from effc.ir.dialect.selections.evict import EvictSelection
 from effc.ir.dialect.selections.pages import PageSelection
+from effc.ir.dialect.selections.retain import RetainSelection
 from effc.ir.dialect.selections.stride import StrideSelection
 from effc.ir.dialect.selections.topk import TopKSelection
 from effc.ir.dialect.selections.window import WindowSelection
@@ -23,6 +24,7 @@ SELECTIONS: dict[str, type[TokenSelection]] = {
         WindowSelection,
         ClusterSelection,
         EvictSelection,
+        RetainSelection,
         StrideSelection,
     )
 }
@@ -34,6 +36,7 @@ __all__ = [
     "ClusterSelection",
     "EvictSelection",
     "PageSelection",
+    "RetainSelection",
     "StrideSelection",
     "TokenSelection",
     "TopKSelection",

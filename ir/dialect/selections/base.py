@@ -21,10 +21,14 @@ class TokenSelection(ABC):
     Class attributes:
         kind: Value of the attribute `selection`.
         keeps_slots: Whether a ring has slot j at place j mod r, so that it must hold a window.
+        turns_by_place: Whether tokens are rotated by their place in the cache, so that no position exceeds the places.
+        reads_scores: Whether the last input behind the cache is a score of every token, float32 [batch, total].
     """
 
     kind: ClassVar[str]
     keeps_slots: ClassVar[bool] = True
+    turns_by_place: ClassVar[bool] = False
+    reads_scores: ClassVar[bool] = False
 
     @classmethod
     @abstractmethod
@@ -54,6 +58,11 @@ class TokenSelection(ABC):
     @abstractmethod
     def read_at(self, tokens: int) -> int:
         """Tokens that a step of one token reads of this many in the cache."""
+
+    @property
+    def longest_step(self) -> int | None:
+        """Most new tokens of a step; None: any number."""
+        return None
 
 
 def require(holds: bool, problem: str) -> None:

@@ -6,6 +6,7 @@ from effc.passes.attention.selection_schemes.base import Change, SelectionScheme
 from effc.passes.attention.selection_schemes.clusters import ClustersScheme
 from effc.passes.attention.selection_schemes.evict import EvictScheme
 from effc.passes.attention.selection_schemes.pages import PagesScheme
+from effc.passes.attention.selection_schemes.retain import RetainScheme
 from effc.passes.attention.selection_schemes.stride import StrideScheme
 from effc.passes.attention.selection_schemes.topk import TopKScheme
 from effc.passes.attention.selection_schemes.window import WindowScheme
@@ -16,6 +17,7 @@ SCHEMES: dict[str, type[SelectionScheme]] = {
     "window": WindowScheme,
     "clusters": ClustersScheme,
     "evict": EvictScheme,
+    "retain": RetainScheme,
     "stride": StrideScheme,
 }
 """Option `scheme` of the pass -> its class."""

@@ -14,12 +14,12 @@ from effc.ir.dialect.selections import TokenSelection
 
 @dataclass(frozen=True)
 class Change:
-    """What a layer becomes, and the position of queries that meet far sinks where that is not their own."""
+    """What a layer becomes, and the positions whose cosines and sines follow its cache, where it takes some."""
 
     form: AttentionForm
     storage: Storage
     selection: TokenSelection
-    far: int | None = None
+    far: range | None = None
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,11 @@ class SelectionScheme(ABC):
 
     Class attributes:
         first: Layers at the start that it leaves alone unless told otherwise.
+        whole: Whether it takes all layers without a window of their own, or none.
     """
 
     first: ClassVar[int] = 0
+    whole: ClassVar[bool] = False
 
     @property
     def rotates(self) -> bool:

@@ -44,7 +44,8 @@ class WindowScheme(SelectionScheme):
         if isinstance(storage, DenseStorage) and not site.form.window:
             storage = DenseStorage(storage.dtype, self.recent)
         form = replace(site.form, window=self.recent)
-        return Change(form, storage, selection, selection.far_position(self.recent))
+        far = selection.far_position(self.recent)
+        return Change(form, storage, selection, None if far is None else range(far, far + 1))
 
     def _selection(self) -> WindowSelection:
         return WindowSelection(self.sinks, self.positions)

@@ -114,6 +114,8 @@ def run_steps(program: Program, steps: Sequence[int], seed: int = 5) -> np.ndarr
         feeds = {"valid": valid}
         for name, heads in (("q", HEADS), ("k", KV_HEADS), ("v", KV_HEADS)):
             feeds[name] = draw.standard_normal((2, count, heads * SIZE)).astype(np.float32)
+        if any(one.name == "token_scores" for one in program.graph.inputs):
+            feeds["token_scores"] = np.random.default_rng(seed).random((2, sum(steps)), np.float32)[:, : done + count]
         if any(one.name == "position_ids" for one in program.graph.inputs):
             feeds["position_ids"] = np.maximum(valid.cumsum(axis=1) - 1, 0)[:, done:]
         values = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in feeds.items()}

@@ -18,15 +18,18 @@ from effc.ir.dialect.selections import (
     AllTokens,
     EvictSelection,
     PageSelection,
+    RetainSelection,
     StrideSelection,
     TopKSelection,
     WindowSelection,
 )
 from effc.ir.program import Program
+from effc.ir.rewrite.constants import constant_tensor
 from effc.passes.attention.cached_attention import CachedAttention
 from effc.passes.attention.kv_cache import KvCache
 from effc.passes.attention.sparse_attention import SparseAttention
 from effc.passes.pipeline_text import format_pipeline, parse_pipeline
+from effc.passes.tokens.prompt_filter import PromptFilter
 
 STEPS = [90, 30, *[1] * 40, 17, *[1] * 20]
 
@@ -141,6 +144,8 @@ def test_figures_of_the_report() -> None:
         ({"scheme": "stride", "recent": 100}, "recent is 100, it must be a multiple of block, which is 64"),
         ({"scheme": "stride", "budget": 100}, "scheme=stride has no budget"),
         ({"scheme": "evict", "share": 0.5}, "scheme=evict has no share"),
+        ({"scheme": "retain", "pool": 5}, "scheme=retain has no pool"),
+        ({"scheme": "retain", "budget": 9, "recent": 5}, r"budget is 9, it must be from sinks \+ recent \+ block = 10"),
         ({"scheme": "evict", "budget": 35}, "budget is 35, it must be from sinks \\+ recent = 36"),
         ({"scheme": "evict", "recent": 0}, "recent is 0"),
         ({"scheme": "evict", "pool": 4}, "pool is 4, it must be odd"),
@@ -159,6 +164,7 @@ def test_options_outside_their_ranges(options: dict[str, Any], message: str) -> 
         SparseAttention(budget=512, block=32, skip=("*0", "*1")),
         SparseAttention("window", recent=9, positions="cap"),
         SparseAttention("evict", budget=300, pool=7, pyramid=True),
+        SparseAttention("retain", budget=300, recent=7, block=1),
         SparseAttention("stride", recent=128, stride=8, middle=True),
     ],
 )
@@ -334,3 +340,62 @@ def test_selections_of_the_op() -> None:
     assert [selection.read_at(tokens) for tokens in (0, 35, 100, 131, 132)] == [0, 35, 100, 115, 100]
     single = TopKSelection(sinks=4, recent=32, budget=64)
     assert [single.read_at(tokens) for tokens in (0, 35, 100, 101, 200)] == [0, 35, 100, 100, 100]
+
+
+RETAIN_STEPS = [30, 20, *[1] * 40, 17, *[1] * 20]
+
+
+def retained(program: Program, **options: object) -> Program:
+    return changed(program, SparseAttention("retain", **{"budget": 48, "recent": 8, **options}))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_cache_that_retains(dtype: str) -> None:
+    """One score input for all layers, constants for all places, no angles of the tokens' own positions."""
+    program = decoder(2, rotary=True)
+    stored = changed(program, KvCache("dense", dtype=dtype)) if dtype != "float32" else program  # type: ignore[arg-type]
+    result = retained(stored)
+    sites = cached_attention_sites(result.graph)
+    assert [site.selection for site in sites] == [RetainSelection(48, 4, 8, 1)] * 2
+    assert [value.name for value in result.graph.inputs].count("token_scores") == 1
+    names = [value.name for value in sites[0].past]
+    assert names == [f"past_key_values.0.{name}" for name in ("key", "value", "token")]
+    assert all(table is None for table in sites[0].node.inputs[5:7])
+    cos, sin, scores = constant_values(sites[0].node)
+    assert scores.name == "token_scores"
+    assert constant_values(sites[1].node)[:2] == [cos, sin]
+    tables = [constant_tensor(table) for table in (cos, sin)]
+    assert [table.shape for table in tables if table is not None] == [(1, 48, 16)] * 2
+    angles = np.arange(48)[:, None] / 40.0 ** np.linspace(0, 1, 16)
+    for table, function in zip(tables, (np.cos, np.sin), strict=True):
+        assert table is not None
+        np.testing.assert_allclose(table.numpy()[0], function(angles), atol=1e-5)
+    assert run_steps(result, RETAIN_STEPS).shape[1] == sum(RETAIN_STEPS)
+    roomy = run_steps(retained(stored, budget=300), RETAIN_STEPS)
+    np.testing.assert_allclose(roomy, run_steps(stored, RETAIN_STEPS), atol=1e-5 if dtype == "float32" else 2e-2)
+    with pytest.raises(InputError, match="selection=retain has no body"):
+        inline_dialect(result.clone())
+
+
+def test_all_layers_retain_or_none() -> None:
+    retain = SparseAttention("retain")
+    assert "put cached-attention{rotary=inside} before" in reasons(decoder(), retain)[0]
+    (inside,) = retain.requires()
+    assert isinstance(inside, CachedAttention)
+    assert inside.rotary == "inside"
+    assert "numbers added to the scores" in reasons(decoder(bias=True, rotary=True), retain)[0]
+    assert "which keeps every token" in reasons(changed(decoder(rotary=True), KvCache("int8")), retain)[0]
+    filtered = changed(decoder(rotary=True), PromptFilter())
+    assert "which is told no scores of tokens" in reasons(filtered, retain)[0]
+    left = PromptFilter().match(retained(decoder(rotary=True))).left
+    assert left[0].reason == "its cache has selection=retain, which knows places and no positions"
+    windows = decoder(3, windows=(150, 0, 0), rotary=True)
+    assert reasons(windows, retain) == ["its window of 150 tokens bounds what it reads"]
+    assert len(retain.match(windows).sites) == 2
+    match = SparseAttention("retain", last=1).match(windows)
+    assert not match.sites
+    assert [item.site for item in match.left] == ["attention layers.0", "attention layers.2", "attention layers.1"]
+    assert match.left[2].reason == (
+        "attention layers.2 cannot have it (skipped by the options `first` and `last`), and the layers must share one "
+        "place for every token"
+    )
