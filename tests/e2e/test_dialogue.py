@@ -197,3 +197,25 @@ def test_a_turn_that_is_broken_off(engine: Engine) -> None:
             dialogue.say([7])
     with pytest.raises(UsageError, match="the last turn was broken off"):
         dialogue.say([7])
+
+
+def test_beside_layers_with_windows(tmp_path: Path) -> None:
+    """They keep their windows, and the dialogue is endless all the same."""
+    import torch
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    torch.manual_seed(3)
+    config = Gemma3TextConfig(
+        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, max_position_embeddings=LIMIT, sliding_window=24, bos_token_id=None,
+        eos_token_id=None, pad_token_id=0, layer_types=["sliding_attention", "full_attention"],
+    )  # fmt: skip
+    Gemma3ForCausalLM(config).save_pretrained(tmp_path / "model")
+    effc.optimize(tmp_path / "model", tmp_path / "engine", passes=RETAIN)
+    engine = effc.load(tmp_path / "engine")
+    assert token_limit(engine.manifest) is None
+    dialogue = engine.dialogue()
+    for _ in range(10):
+        assert len(dialogue.say(list(range(5, 25)), max_new_tokens=20).token_ids) == 20
+    assert dialogue.length > 2 * LIMIT
+    assert len(kept(dialogue)) == 1
