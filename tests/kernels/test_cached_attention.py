@@ -301,8 +301,8 @@ def test_shapes_are_inferred() -> None:
     session = open_model(form, make_past(form, 1, 3)).session
     assert [output.shape for output in session.get_outputs()] == [
         ["batch", "seq", 6 * 17],
-        ["batch4", 2, "present_size0", 33],
-        ["batch4", 2, "present_size1", 17],
+        ["batch4", 2, "new0", 33],
+        ["batch4", 2, "new1", 17],
     ]
 
 
