@@ -12,7 +12,7 @@ namespace effc {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr int64_t kPartTokens = 1024;  // tokens that a task scores, or counts votes for
+constexpr int64_t kPartTokens = 2048;  // tokens that a task scores, or counts votes for
 
 // A row that selects.
 struct VotingRow {
@@ -45,16 +45,15 @@ float LeastOf(const float* numbers, int64_t count, int64_t wanted) {
 // Places of the `wanted` largest numbers, ascending; of equal ones, the first.
 std::vector<int32_t> Largest(const float* numbers, int64_t count, int64_t wanted) {
   const float least = LeastOf(numbers, count, wanted);
-  std::vector<int32_t> places(count);
-  int64_t found = 0;
+  std::vector<int32_t> places;
+  places.reserve(wanted);
   int64_t equal = wanted;  // that are among them
   for (int64_t i = 0; i < count; ++i) {
-    places[found] = static_cast<int32_t>(i);
-    found += numbers[i] >= least ? 1 : 0;
+    if (!(numbers[i] >= least)) continue;
+    places.push_back(static_cast<int32_t>(i));
     equal -= numbers[i] > least ? 1 : 0;
   }
-  places.resize(found);
-  if (found > wanted) {
+  if (static_cast<int64_t>(places.size()) > wanted) {
     std::erase_if(places, [&](int32_t i) { return numbers[i] == least && --equal < 0; });
   }
   return places;
@@ -122,7 +121,6 @@ class Voting {
       TokenShares& shares = voted_.shares[row.row];
       shares.within = at;
       row.votes = at + form_.heads * shares.stride;
-      std::fill(row.votes, row.votes + shares.stride, 0.0f);
       at += (form_.heads + 1) * shares.stride;
     }
   }
@@ -192,12 +190,12 @@ class Voting {
     const TokenShares& all = Shares(row);
     const SlotRun slots = all.parts[part];
     const int64_t count = slots.end - slots.begin;
-    float* const votes = row.votes + slots.begin - all.begin;
-    for (int64_t head = 0; head < form_.heads; ++head) {
-      const float factor = all.factors[part * form_.heads + head];
-      const float* const within = all.At(head, slots.begin);
-      for (int64_t t = 0; t < count; ++t) votes[t] += within[t] * factor;
-    }
+    float* const votes = ThreadFloats(kPartScores, PaddedRow(count));
+    std::fill(votes, votes + count, 0.0f);
+    const TokenRows shares{all.At(0, slots.begin), Type::kFloat, all.stride};
+    pieces_.values(all.factors.data() + part * form_.heads, form_.heads, 1, shares, form_.heads,
+                   count, votes, PaddedRow(count), 0);
+    std::memcpy(row.votes + slots.begin - all.begin, votes, count * sizeof(float));
   }
 
   void Choose(VotingRow& row) {
