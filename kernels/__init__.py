@@ -23,7 +23,7 @@ __all__ = [
     "select_isa",
 ]
 
-_ABI_VERSION = 1
+_ABI_VERSION = 2
 
 
 def library_path() -> Path:

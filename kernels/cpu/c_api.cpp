@@ -49,7 +49,7 @@ Layout MakeLayout(int32_t layout) {
 
 }  // namespace
 
-EFFC_EXPORT int32_t effc_abi_version() { return 1; }
+EFFC_EXPORT int32_t effc_abi_version() { return 2; }
 
 EFFC_EXPORT const char* effc_last_error() { return last_error.c_str(); }
 
