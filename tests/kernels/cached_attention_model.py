@@ -14,6 +14,7 @@ from attention_oracle import Form
 from onnx import TensorProto, helper
 
 from effc import kernels
+from effc.ir.dialect.cached_attention import NO_SELECTION, NO_STORAGE
 
 TYPES = {
     np.dtype(np.float32): TensorProto.FLOAT,
@@ -23,33 +24,11 @@ TYPES = {
     np.dtype(np.int32): TensorProto.INT32,
     np.dtype(np.bool_): TensorProto.BOOL,
 }
-ALL_TOKENS: dict[str, object] = {
-    "selection": "all",
-    "select_sinks": 0,
-    "select_recent": 0,
-    "select_block": 0,
-    "select_budget": 0,
-    "select_share": 0.0,
-    "dense_below": 0,
-    "select_positions": "none",
-    "select_pool": 0,
-    "select_stride": 0,
-    "select_refresh": 0,
-    "select_similarity": 0.0,
-    "select_reach": 0.0,
-}
-DENSE: dict[str, object] = ALL_TOKENS | {
+DENSE: dict[str, object] = {
     "storage": "dense",
-    "ring": 0,
-    "sinks": 0,
-    "recent": 0,
-    "page": 0,
-    "key_scheme": "none",
-    "value_scheme": "none",
-    "key_group": 0,
-    "value_group": 0,
-    "salient": 0,
-    "importance": "none",
+    **{name: value for name, value in NO_STORAGE.items() if value != ()},
+    "selection": "all",
+    **NO_SELECTION,
 }
 OPTIONAL = ("bias", "cos", "sin")
 

@@ -1,47 +1,73 @@
-"""Which tokens a step reads, in float64, from docs/cached-attention.md, section "Selection"."""
+"""Which tokens a step reads with blocks or single tokens, in float64, from docs/cached-attention.md, "Selection"."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 from attention_oracle import Form
+from selected_cache import Reads
+from stored_tokens import RowTokens, StoredTokens
 
 from effc.ir.dialect.cache_storage import HeadSizes, PageStorage
+from effc.ir.dialect.selections import PageSelection, TopKSelection
+
+Blocks = PageSelection | TopKSelection
 
 
-@dataclass(frozen=True)
-class Selection:
-    """Attributes of a selection of blocks, or of tokens: blocks of one."""
-
-    kind: str = "pages"
-    sinks: int = 4
-    recent: int = 12
-    block: int = 16
-    budget: int = 0
-    share: float = 0.0
-    dense_below: int = 0
-    refresh: int = 0
-    similarity: float = 0.0
-    reach: float = 0.6
-
-    def attributes(self) -> dict[str, object]:
-        names = ("sinks", "recent", "block", "budget", "share", "refresh", "similarity", "reach")
-        return {
-            "selection": self.kind,
-            "dense_below": self.dense_below,
-            **{f"select_{name}": getattr(self, name) for name in names},
-        }
-
-    def blocks(self, tokens: int) -> int:
-        return max(0, tokens - self.sinks - self.recent) // self.block
-
-    def wanted(self, blocks: int) -> int:
-        return max(1, self.budget // self.block, math.ceil(float(np.float32(self.share)) * blocks))
+def block_of(selection: Blocks) -> int:
+    """Tokens of a block."""
+    return selection.block if isinstance(selection, PageSelection) else 1
 
 
-def dense_bounds(selection: Selection, keys: np.ndarray, blocks: int) -> np.ndarray:
+def blocks_of(selection: Blocks, tokens: int) -> int:
+    """Blocks to choose from, of so many cached tokens."""
+    return max(0, tokens - selection.sinks - selection.recent) // block_of(selection)
+
+
+def wanted_of(selection: Blocks, blocks: int) -> int:
+    """Blocks that are read."""
+    return max(1, selection.budget // block_of(selection), math.ceil(float(np.float32(selection.share)) * blocks))
+
+
+def expected_reads(stored: StoredTokens) -> Reads:
+    """What every row and key head reads in the next step."""
+    form, reads = stored.cache.form, {}
+    for row, of in enumerate(stored.rows):
+        for head in range(form.kv_heads):
+            reads[row, head] = np.flatnonzero(_read(stored, of, row, head))
+    return reads
+
+
+def _read(stored: StoredTokens, of: RowTokens, row: int, head: int) -> np.ndarray:
+    """Bool [n]."""
+    form, selection = stored.cache.form, stored.cache.selection
+    assert isinstance(selection, Blocks)
+    total = len(of.valid)
+    blocks = blocks_of(selection, total - 1)
+    if total - 1 < selection.dense_below or wanted_of(selection, blocks) >= blocks:
+        return np.ones(total, bool)
+    if isinstance(selection, TopKSelection):
+        middle = slice(selection.sinks, selection.sinks + blocks)
+        given = votes(form, of.queries, of.keys[:, middle], of.valid[middle])
+        chosen = np.sort(np.lexsort((np.arange(blocks), -given))[: wanted_of(selection, blocks)])
+    else:
+        group = form.heads // form.kv_heads
+        own = of.queries[head * group : (head + 1) * group]
+        chosen = chosen_blocks(form, selection, own, _bounds(stored, of, row, head, blocks))
+    return read_slots(selection, chosen, blocks, total)
+
+
+def _bounds(stored: StoredTokens, of: RowTokens, row: int, head: int, blocks: int) -> list[np.ndarray]:
+    cache, selection = stored.cache, stored.cache.selection
+    assert isinstance(selection, PageSelection)
+    if not isinstance(cache.kept_as, PageStorage):
+        return [one[None] for one in dense_bounds(selection, of.keys[head : head + 1], blocks)[0]]
+    sizes = HeadSizes(cache.form.kv_heads, cache.form.head_size, cache.form.value_size)
+    return [page_bounds(cache.kept_as, sizes, cache.past[2][row, head, p]) for p in range(blocks)]
+
+
+def dense_bounds(selection: PageSelection, keys: np.ndarray, blocks: int) -> np.ndarray:
     """Minima and maxima [K, blocks, 2 * D] of keys [K, tokens, D] as the cache has them."""
     heads, _, size = keys.shape
     first = selection.sinks
@@ -73,7 +99,7 @@ def block_scores(query: np.ndarray, bounds: np.ndarray, reach: float) -> np.ndar
     return np.asarray(middle @ query + reach * (half @ np.abs(query)))
 
 
-def chosen_blocks(form: Form, selection: Selection, queries: np.ndarray, bounds: list[np.ndarray]) -> np.ndarray:
+def chosen_blocks(form: Form, selection: PageSelection, queries: np.ndarray, bounds: list[np.ndarray]) -> np.ndarray:
     """The blocks that a key head reads.
 
     Args:
@@ -87,7 +113,7 @@ def chosen_blocks(form: Form, selection: Selection, queries: np.ndarray, bounds:
     top = most.max(axis=1, keepdims=True)
     ranks = (most - top - np.log(np.exp(most - top).sum(axis=1, keepdims=True))).max(axis=0)
     order = np.lexsort((np.arange(len(bounds)), -ranks))
-    return np.sort(order[: selection.wanted(len(bounds))])
+    return np.sort(order[: wanted_of(selection, len(bounds))])
 
 
 def votes(form: Form, queries: np.ndarray, keys: np.ndarray, valid: np.ndarray) -> np.ndarray:
@@ -109,12 +135,11 @@ def votes(form: Form, queries: np.ndarray, keys: np.ndarray, valid: np.ndarray) 
     return total
 
 
-def read_slots(selection: Selection, chosen: np.ndarray, blocks: int, start: int, total: int) -> np.ndarray:
+def read_slots(selection: Blocks, chosen: np.ndarray, blocks: int, total: int) -> np.ndarray:
     """Bool [total]: what is read."""
-    slots = np.zeros(total, bool)
-    middle = start + selection.sinks
-    slots[start:middle] = True
-    slots[middle + blocks * selection.block :] = True
-    for block in chosen:
-        slots[middle + block * selection.block : middle + (block + 1) * selection.block] = True
-    return slots
+    read, block = np.zeros(total, bool), block_of(selection)
+    read[: selection.sinks] = True
+    read[selection.sinks + blocks * block :] = True
+    for begin in selection.sinks + chosen * block:
+        read[begin : begin + block] = True
+    return read
