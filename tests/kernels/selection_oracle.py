@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import numpy as np
 from attention_oracle import Form
@@ -58,24 +59,25 @@ def _read(stored: StoredTokens, of: RowTokens, row: int, head: int) -> np.ndarra
     return read_slots(selection, chosen, blocks, total)
 
 
-def _bounds(stored: StoredTokens, of: RowTokens, row: int, head: int, blocks: int) -> list[np.ndarray]:
+def _bounds(stored: StoredTokens, of: RowTokens, row: int, head: int, blocks: int) -> np.ndarray:
+    """Of each block, [blocks, any, 2 * D]."""
     cache, selection = stored.cache, stored.cache.selection
     assert isinstance(selection, PageSelection)
     if not isinstance(cache.kept_as, PageStorage):
-        return [one[None] for one in dense_bounds(selection, of.keys[head : head + 1], blocks)[0]]
+        return dense_bounds(selection, of.keys[head], blocks)[:, None]
     sizes = HeadSizes(cache.form.kv_heads, cache.form.head_size, cache.form.value_size)
-    return [page_bounds(cache.kept_as, sizes, cache.past[2][row, head, p]) for p in range(blocks)]
+    return np.stack([page_bounds(cache.kept_as, sizes, page.tobytes()) for page in cache.past[2][row, head, :blocks]])
 
 
 def dense_bounds(selection: PageSelection, keys: np.ndarray, blocks: int) -> np.ndarray:
-    """Minima and maxima [K, blocks, 2 * D] of keys [K, tokens, D] as the cache has them."""
-    heads, _, size = keys.shape
+    """Minima and maxima [blocks, 2 * D] of keys [tokens, D] as the cache has them."""
     first = selection.sinks
-    parts = keys[:, first : first + blocks * selection.block].reshape(heads, blocks, selection.block, size)
-    return np.concatenate([parts.min(axis=2), parts.max(axis=2)], axis=2)
+    parts = keys[first : first + blocks * selection.block].reshape(blocks, selection.block, -1)
+    return np.concatenate([parts.min(axis=1), parts.max(axis=1)], axis=1)
 
 
-def page_bounds(storage: PageStorage, sizes: HeadSizes, page: np.ndarray) -> np.ndarray:
+@lru_cache(maxsize=4096)
+def page_bounds(storage: PageStorage, sizes: HeadSizes, page: bytes) -> np.ndarray:
     """Least and largest value that any group of a channel can have, [groups, 2 * D], from the parameters of a page."""
     found, at = [], 0
     tokens = (storage.salient, storage.page - storage.salient)
@@ -83,9 +85,9 @@ def page_bounds(storage: PageStorage, sizes: HeadSizes, page: np.ndarray) -> np.
         if name.startswith("key parameters"):
             index = int(name[-1])
             groups = math.ceil(tokens[index] / storage.key_group) if storage.key_group else 1
-            unit = float(page[at : at + 4].view(np.float32)[0])
+            unit = float(np.frombuffer(page, np.float32, 1, at)[0])
             count = sizes.head_size * groups
-            both = page[at + 4 : at + 4 + 4 * count].view(np.float16).astype(np.float64) * unit
+            both = np.frombuffer(page, np.float16, 2 * count, at + 4).astype(np.float64) * unit
             scale, least = both[:count].reshape(-1, groups).T, both[count:].reshape(-1, groups).T
             found.append(np.concatenate([least, least + scale * (2 ** storage.key_bits[index] - 1)], axis=1))
         at += length
@@ -99,17 +101,17 @@ def block_scores(query: np.ndarray, bounds: np.ndarray, reach: float) -> np.ndar
     return np.asarray(middle @ query + reach * (half @ np.abs(query)))
 
 
-def chosen_blocks(form: Form, selection: PageSelection, queries: np.ndarray, bounds: list[np.ndarray]) -> np.ndarray:
+def chosen_blocks(form: Form, selection: PageSelection, queries: np.ndarray, bounds: np.ndarray) -> np.ndarray:
     """The blocks that a key head reads.
 
     Args:
         form: Of the attention.
         selection: How many.
         queries: [G, D], rotated.
-        bounds: Of each block, [any, 2 * D].
+        bounds: [blocks, any, 2 * D].
     """
     reach = float(np.float32(selection.reach))
-    most = np.array([[block_scores(q, one, reach).max() for one in bounds] for q in queries]) * form.scale
+    most = np.array([block_scores(q, bounds, reach).max(axis=1) for q in queries]) * form.scale
     top = most.max(axis=1, keepdims=True)
     ranks = (most - top - np.log(np.exp(most - top).sum(axis=1, keepdims=True))).max(axis=0)
     order = np.lexsort((np.arange(len(bounds)), -ranks))

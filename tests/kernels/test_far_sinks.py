@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import cache as cached
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from attention_feeds import angles, tokens_of
 from attention_oracle import Form, rotate, split
@@ -41,9 +42,7 @@ def feeds_of(form: Form, **options: object) -> dict[str, np.ndarray]:
     return feeds
 
 
-def expected(
-    form: Form, positions: str, feeds: dict[str, np.ndarray], dtype: np.dtype = np.dtype(np.float32)
-) -> np.ndarray:
+def expected(form: Form, positions: str, feeds: dict[str, np.ndarray], dtype: npt.DTypeLike = np.float32) -> np.ndarray:
     """Every query by itself, [B, S, H * E]."""
     q, k, v = (
         split(feeds[name], heads)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache as cached
 
 import ml_dtypes
 import numpy as np
@@ -22,7 +23,7 @@ from effc.ir.dialect.selections import SELECTIONS
 PAIRS = [(name, storage) for name, case in CASES.items() for storage in case.storages]
 pairs = pytest.mark.parametrize(("name", "storage"), PAIRS)
 CAPACITY = 256
-DECODED = 16
+DECODED = 9
 """Steps of one token: more than any choice, or room, lasts."""
 
 
@@ -31,6 +32,23 @@ def prepared(case: Case, setup: Setup, cache: Cache, feeds: dict[str, np.ndarray
     cache.run(feeds, case.prompt(setup))
     setup.prepare(cache)
     return cache
+
+
+@cached
+def feeds_of(form: Form, firsts: Sequence[int] = (0,)) -> dict[str, np.ndarray]:
+    """For tests that do not change them."""
+    return tokens_of(form, batch=len(firsts), count=TOKENS, firsts=firsts)
+
+
+@cached
+def dense_attention(form: Form, storage: str, isa: str, steps: Sequence[int]) -> np.ndarray:
+    """Without a selection, of mild queries."""
+    return Cache(form, storage, capacity=CAPACITY).run(mild(feeds_of(form)), steps)
+
+
+def mild(feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """With shorter queries."""
+    return feeds | {"query": feeds["query"] / 2}
 
 
 def cache_of(setup: Setup, form: Form, storage: str, batch: int = 1) -> Cache:
@@ -50,17 +68,16 @@ def test_every_selection_has_a_case() -> None:
 def test_i1_a_full_budget_is_dense_attention(name: str, storage: str, form_name: str, isa: str) -> None:
     """The bits of no selection or, where tokens lie, turn or are added up otherwise, the numbers of a float32 cache;
     and attention in float64 over all that is stored."""
-    case, steps = CASES[name], [*[1] * 8, 5, 1]
+    case, steps = CASES[name], [1, 1, 5, 1, 1]
     for setup in case.full(storage):
         form = case.form(form_name, storage, setup)
-        feeds = tokens_of(form, count=TOKENS)
-        feeds["query"] /= 2
+        feeds = mild(feeds_of(form))
         cache = prepared(case, setup, cache_of(setup, form, storage), feeds)
         found = cache.run(feeds, steps[:-1])
         stored = StoredTokens(cache, feeds)
         found = np.concatenate([found, cache.step(feeds, 1)], axis=1)
-        dense = Cache(replace(form, window=0), storage if case.exact else "float32", capacity=CAPACITY)
-        wanted = dense.run(feeds, [PROMPT, *steps])[:, PROMPT:]
+        dense = replace(form, window=0)
+        wanted = dense_attention(dense, storage if case.exact else "float32", isa, (PROMPT, *steps))[:, PROMPT:]
         np.testing.assert_allclose(found, wanted, rtol=0, atol=tolerance(case, storage))
         np.testing.assert_allclose(found[:, -1], stored.attention(stored.everything()), rtol=0, atol=1e-5)
 
@@ -78,7 +95,7 @@ def test_i2_what_is_read(name: str, storage: str, form_name: str, isa: str) -> N
     case = CASES[name]
     setup = case.small(storage)
     form, firsts = case.form(form_name, storage, setup), (0, 57) if case.pads else (0, 0)
-    feeds = tokens_of(form, batch=2, count=TOKENS, firsts=firsts)
+    feeds = feeds_of(form, firsts)
     cache = prepared(case, setup, cache_of(setup, form, storage, batch=2), feeds)
     steps, few = case.prompt(setup), 0
     for _ in range(DECODED):
@@ -129,8 +146,8 @@ def test_i4_rows_do_not_depend_on_each_other(name: str, storage: str) -> None:
     case = CASES[name]
     setup = case.small(storage)
     form, firsts = case.form("gqa", storage, setup), (0, 57, 150, 205) if case.pads else (0, 0, 0)
-    feeds = tokens_of(form, batch=len(firsts), count=TOKENS, firsts=firsts)
-    prompt, steps = case.prompt(setup), [*[1] * 20, 5, 1]
+    feeds = feeds_of(form, firsts)
+    prompt, steps = case.prompt(setup), [*[1] * DECODED, 5, 1]
     batch = prepared(case, setup, cache_of(setup, form, storage, len(firsts)), feeds)
     together = batch.run(feeds, steps)
     _, reads = batch.logged_step(feeds)
@@ -159,7 +176,7 @@ def test_i5_a_group_is_its_key_head_repeated(name: str, storage: str) -> None:
     case = CASES[name]
     setup = case.small(storage)
     form = case.form("gqa", storage, setup)
-    feeds, group = tokens_of(form, count=TOKENS), form.heads // form.kv_heads
+    feeds, group = feeds_of(form), form.heads // form.kv_heads
     if case.per_key_head or storage == "mixed":
         feeds, other = repeated_queries(form, feeds)
         single = replace(form, heads=form.kv_heads)
@@ -211,7 +228,7 @@ def test_i7_the_same_step_twice(name: str, storage: str) -> None:
     case = CASES[name]
     setup = case.small(storage)
     form = case.form("rotary", storage, setup)
-    feeds = tokens_of(form, count=TOKENS)
+    feeds = feeds_of(form)
     cache = prepared(case, setup, cache_of(setup, form, storage), feeds)
     cache.run(feeds, [1, 1])
     saved, tokens = [tensor.copy() for tensor in cache.past], cache.tokens
@@ -230,13 +247,13 @@ def test_copies_are_steps_in_place(name: str, storage: str) -> None:
     case = CASES[name]
     setup = case.small(storage)
     form = case.form("rotary", storage, setup)
-    feeds = tokens_of(form, count=TOKENS)
+    feeds = feeds_of(form)
     caches = [cache_of(setup, form, storage) for _ in range(2)]
     results = []
     for cache, in_place in zip(caches, (True, False), strict=True):
         prompt = cache.run(feeds, case.prompt(setup), in_place)
         setup.prepare(cache)
-        results.append([prompt, cache.run(feeds, [1, 5, *[1] * 10], in_place)])
+        results.append([prompt, cache.run(feeds, [1, 5, *[1] * DECODED], in_place)])
     assert all(np.array_equal(one, other) for one, other in zip(*results, strict=True))
     if caches[0].places:
         assert all(np.array_equal(one, other) for one, other in zip(caches[0].past, caches[1].past, strict=True))
@@ -247,7 +264,7 @@ def test_a_used_buffer_is_a_new_cache(name: str, storage: str) -> None:
     case = CASES[name]
     setup = case.small(storage)
     form = case.form("gqa", storage, setup)
-    feeds, other = (tokens_of(form, seed=seed, count=TOKENS) for seed in (3, 8))
+    feeds, other = feeds_of(form), tokens_of(form, seed=8, count=TOKENS)
     fresh, used = (cache_of(setup, form, storage) for _ in range(2))
     used.run(other, [*case.prompt(setup), 1, 1])
     used.tokens = 0
