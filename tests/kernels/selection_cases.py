@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -68,8 +69,8 @@ ORT_READS = Refusal("its cache has storage=static, which onnxruntime's own atten
 BIAS = Refusal("it has a bias", "takes no bias")
 
 
-class Case:
-    """A selection as the invariants see it. Row steps are the tokens a row has got in each step, the last one alone.
+class Case(ABC):
+    """A selection as the invariants see it. `steps` are the tokens that a row got in each step, one in the last.
 
     Class attributes:
         rotates: Whether the op must rotate.
@@ -105,13 +106,13 @@ class Case:
             form = replace(form, rotary="interleaved", rotary_size=16)
         return form
 
+    @abstractmethod
     def full(self, storage: str) -> list[Setup]:
         """Those that read every token."""
-        raise NotImplementedError
 
+    @abstractmethod
     def small(self, storage: str) -> Setup:
         """One that reads some of them."""
-        raise NotImplementedError
 
     def tied(self, storage: str) -> Setup:
         """One for tokens that are all alike."""
@@ -125,9 +126,9 @@ class Case:
         """Ways to cut a prompt, and a text after it, that are alike."""
         return [([PROMPT], [9]), ([90, 2, PROMPT - 92], [4, 5])]
 
+    @abstractmethod
     def forced(self, setup: Setup, steps: Sequence[int], head: int) -> Iterable[int]:
         """Tokens that the last step must read, with the new one."""
-        raise NotImplementedError
 
     def count(self, setup: Setup, steps: Sequence[int], head: int) -> int | None:
         """How many it reads; None: any number."""

@@ -268,6 +268,11 @@ def test_a_used_buffer_is_a_new_cache(name: str, storage: str) -> None:
     fresh, used = (cache_of(setup, form, storage) for _ in range(2))
     used.run(other, [*case.prompt(setup), 1, 1])
     used.tokens = 0
-    results = [prepared(case, setup, cache, feeds).logged_run(feeds, 4) for cache in (fresh, used)]
-    assert np.array_equal(results[0][0], results[1][0])
-    assert all(alike(*pair) for pair in zip(results[0][1], results[1][1], strict=True))
+    results, reads = [], []
+    for cache in (fresh, used):
+        few = cache.run(feeds, [10, 1, 1])
+        found, what = prepared(case, setup, cache, feeds).logged_run(feeds, 4)
+        results.append(np.concatenate([few, found], axis=1))
+        reads.append(what)
+    assert np.array_equal(*results)
+    assert all(alike(first, second) for first, second in zip(*reads, strict=True))
