@@ -11,12 +11,14 @@ from attention_feeds import EVEN, FORMS, angles, part
 from attention_oracle import Form
 from cached_attention_model import DENSE, Model, open_model
 from cluster_oracle import Clusters
+from lowrank_oracle import Prefix
 
 from effc.ir.dialect.cache_storage import DenseStorage, HeadSizes, PageStorage, StateTensor, Storage
 from effc.ir.dialect.selections import (
     AllTokens,
     ClusterSelection,
     EvictSelection,
+    LowRankSelection,
     RetainSelection,
     TokenSelection,
     WindowSelection,
@@ -63,18 +65,20 @@ def places_of(form: Form, selection: TokenSelection) -> int:
     return form.window if isinstance(selection, WindowSelection) else 0
 
 
-def constants_of(form: Form, selection: TokenSelection) -> dict[str, np.ndarray]:
+def constants_of(form: Form, selection: TokenSelection, dtype: np.dtype, capacity: int) -> dict[str, np.ndarray]:
     """The inputs behind the cache, apart from scores, as a model without a prefix has them."""
     if isinstance(selection, ClusterSelection):
         return Clusters.empty(form).inputs()
-    positions: int | None = None
-    if isinstance(selection, WindowSelection):
-        positions = selection.far_position(form.window)
-    if isinstance(selection, RetainSelection):
-        return dict(zip(("place_cos", "place_sin"), angles(form, np.arange(selection.budget)[None]), strict=True))
-    if positions is None:
-        return {}
-    return dict(zip(("far_cos", "far_sin"), angles(form, np.array([[positions]])), strict=True))
+    prefix, positions = {}, np.zeros(0)
+    if isinstance(selection, LowRankSelection):
+        prefix = Prefix.empty(form, dtype).inputs()
+        positions = np.arange(capacity if form.rotary != "none" else 0)
+    elif isinstance(selection, RetainSelection):
+        positions = np.arange(selection.budget)
+    elif isinstance(selection, WindowSelection) and selection.positions != "keep":
+        positions = np.array([selection.far_position(form.window)])
+    tables = dict(zip(("far_cos", "far_sin"), angles(form, positions[None]), strict=True)) if len(positions) else {}
+    return tables | prefix
 
 
 @dataclass
@@ -89,6 +93,7 @@ class Cache:
         capacity: Tokens, of tensors that grow.
         ring: Places of a dense cache that keeps no more tokens; None: as many as the selection needs, 0 for all.
         past: The tensors of the cache.
+        constants: Inputs behind them.
         tokens: In the cache.
     """
 
@@ -106,7 +111,8 @@ class Cache:
         tensors = (*self.kept_as.tensors(sizes), *self.selection.tensors(self.kept_as, sizes))
         self.past = [np.zeros(self._shape(tensor), tensor.dtype.numpy()) for tensor in tensors]
         self.tokens = 0
-        self.give(constants_of(self.form, self.selection))
+        self.constants: dict[str, np.ndarray] = {}
+        self.give(constants_of(self.form, self.selection, self.past[0].dtype, self.capacity))
 
     def _shape(self, tensor: StateTensor) -> tuple[int, ...]:
         sizes = [self.batch if axis == "batch" else axis for axis in tensor.shape]
@@ -126,7 +132,8 @@ class Cache:
         return ["cos", "sin"] if rotates else []
 
     def give(self, constants: Mapping[str, np.ndarray]) -> None:
-        """Open the session anew, with other inputs behind the cache."""
+        """Open the session anew, with these inputs behind the cache."""
+        self.constants = dict(constants)
         attributes = attributes_of(self.kept_as, self.selection)
         scores = self.selection.reads_scores
         self.model: Model = open_model(

@@ -5,61 +5,38 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from itertools import chain
 from typing import ClassVar
 
-import numpy as np
-from attention_oracle import Form
-from cluster_oracle import Clusters
-from selected_cache import PAGED, STORAGES, Cache, form_for
+from given_prefixes import (
+    CLUSTERED,
+    LOW_RANK,
+    clusters_above,
+    clusters_at_the_threshold,
+    low_rank,
+    low_rank_alike,
+    outlier_chunks,
+    own_tokens,
+)
+from lowrank_oracle import BLOCK
+from selected_cache import PAGED
+from selection_case import FULL, PROMPT, Case, Refusal, Setup, singles
 
 from effc.ir.dialect.selections import (
     AllTokens,
     ClusterSelection,
     EvictSelection,
+    LowRankSelection,
     PageSelection,
     RetainSelection,
     StrideSelection,
-    TokenSelection,
     TopKSelection,
     WindowSelection,
 )
 
-PROMPT, TOKENS = 200, 240
-FULL = 256
-"""More tokens than any test has."""
-
-
-@dataclass(frozen=True)
-class Setup:
-    """A selection and what goes with it.
-
-    Attributes:
-        selection: It.
-        window: Of the attention.
-        prepare: What happens to a cache between the prompt and the steps after it.
-    """
-
-    selection: TokenSelection
-    window: int = 0
-    prepare: Callable[[Cache], None] = lambda cache: None
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """Why a selection cannot have something.
-
-    Attributes:
-        reason: Of `reason_against`; empty where only the kernel, or the node, refuses it.
-        kernel: Part of the message of the op.
-    """
-
-    reason: str
-    kernel: str
-
-
+PAGES_HAVE = "has the selections 'all', 'pages' and 'topk'"
 CODED = ("int8", "int4", "mixed")
 WINDOW = Refusal("its window of 40 tokens bounds what it reads", "takes no window")
 NOT_CAUSAL = Refusal("it is not causal", "needs causal attention")
@@ -67,81 +44,6 @@ NEGATIVE = Refusal("its scale is negative", "takes no negative scale")
 NO_RING = Refusal("its cache is a ring", "a ring must hold the window")
 ORT_READS = Refusal("its cache has storage=static, which onnxruntime's own attention reads", "must be one of 'dense'")
 BIAS = Refusal("it has a bias", "takes no bias")
-
-
-class Case(ABC):
-    """A selection as the invariants see it. `steps` are the tokens that a row got in each step, one in the last.
-
-    Class attributes:
-        rotates: Whether the op must rotate.
-        exact: Whether a full budget has the bits of no selection.
-        per_key_head: Whether key heads choose by their own queries, or their own number. Else all heads together
-            choose, or nobody, and a key head that is repeated for each of its query heads changes nothing.
-        pads: Whether rows may begin with padding.
-        row_tolerance: Of a row in a batch and the row alone.
-        refused: Storage or situation (see `test_selection_refusals.py`) -> why the selection cannot have it.
-    """
-
-    rotates: ClassVar[bool] = False
-    exact: ClassVar[bool] = True
-    per_key_head: ClassVar[bool] = False
-    pads: ClassVar[bool] = True
-    row_tolerance: ClassVar[float] = 0
-    refused: ClassVar[dict[str, Refusal]] = {}
-
-    @property
-    def kind(self) -> str:
-        """Value of the attribute `selection`."""
-        return self.small("float32").selection.kind
-
-    @property
-    def storages(self) -> tuple[str, ...]:
-        """Names of those it can have."""
-        return tuple(name for name in STORAGES if name not in self.refused)
-
-    def form(self, name: str, storage: str, setup: Setup) -> Form:
-        """The form of that name with what the selection needs."""
-        form = replace(form_for(name, storage), window=setup.window)
-        if self.rotates and form.rotary == "none":
-            form = replace(form, rotary="interleaved", rotary_size=16)
-        return form
-
-    @abstractmethod
-    def full(self, storage: str) -> list[Setup]:
-        """Those that read every token."""
-
-    @abstractmethod
-    def small(self, storage: str) -> Setup:
-        """One that reads some of them."""
-
-    def tied(self, storage: str) -> Setup:
-        """One for tokens that are all alike."""
-        return self.small(storage)
-
-    def prompt(self, setup: Setup) -> list[int]:
-        """Steps before those of one token."""
-        return [PROMPT]
-
-    def cuts(self, setup: Setup) -> list[tuple[list[int], list[int]]]:
-        """Ways to cut a prompt, and a text after it, that are alike."""
-        return [([PROMPT], [9]), ([90, 2, PROMPT - 92], [4, 5])]
-
-    @abstractmethod
-    def forced(self, setup: Setup, steps: Sequence[int], head: int) -> Iterable[int]:
-        """Tokens that the last step must read, with the new one."""
-
-    def count(self, setup: Setup, steps: Sequence[int], head: int) -> int | None:
-        """How many it reads; None: any number."""
-        return len(set(self.forced(setup, steps, head)))
-
-    def chosen_of_alike(self, setup: Setup, steps: Sequence[int], head: int) -> Iterable[int]:
-        """What it reads when all tokens are alike."""
-        return self.forced(setup, steps, head)
-
-
-def singles(steps: Sequence[int]) -> int:
-    """Steps of one token before the last one."""
-    return len(steps) - 1 - max((i for i, step in enumerate(steps) if step > 1), default=-1) - 1
 
 
 class EveryToken(Case):
@@ -258,11 +160,8 @@ class Window(Case):
     """`window`: no choice. What is not in the window is read only if it is a sink."""
 
     sinks: ClassVar[int] = 5
-    exact = False
     row_tolerance = 1e-6
-    dense: ClassVar[Refusal] = Refusal(
-        "which keeps every token; sinks and window are a dense ring", "has the selections 'all', 'pages' and 'topk'"
-    )
+    dense: ClassVar[Refusal] = Refusal("which keeps every token; sinks and window are a dense ring", PAGES_HAVE)
     refused = {
         **dict.fromkeys((*CODED, "static"), dense),
         "not causal": NOT_CAUSAL,
@@ -278,7 +177,7 @@ class Window(Case):
         return self.positions != "keep"
 
     def full(self, storage: str) -> list[Setup]:
-        return [Setup(WindowSelection(self.sinks, self.positions), FULL)]
+        return [Setup(WindowSelection(self.sinks, self.positions), FULL, exact=False)]
 
     def small(self, storage: str) -> Setup:
         return Setup(WindowSelection(self.sinks, self.positions), 24)
@@ -296,16 +195,14 @@ class MovedWindow(Window):
 
 
 class ClusteredPrefix(Case):
-    """`clusters` of a prefix of 180 tokens: those whose share is above the threshold, not at it."""
+    """`clusters` of a prefix: those whose share is above the threshold, not at it."""
 
-    prefix: ClassVar[int] = 180
-    exact = False
     per_key_head = True
     pads = False
     refused = {
         **dict.fromkeys(
             (*CODED, "static"),
-            Refusal("clusters reorder the tokens of a dense one", "has the selections 'all', 'pages' and 'topk'"),
+            Refusal("clusters reorder the tokens of a dense one", PAGES_HAVE),
         ),
         "a window": WINDOW,
         "another ring": Refusal("", "a ring must hold the window"),
@@ -314,19 +211,19 @@ class ClusteredPrefix(Case):
 
     def full(self, storage: str) -> list[Setup]:
         return [
-            Setup(ClusterSelection(20), prepare=self.giver(-1, -1)),
+            Setup(ClusterSelection(20), prepare=clusters_above(-1, -1), exact=False),
             Setup(ClusterSelection(20)),  # no prefix
         ]
 
     def small(self, storage: str) -> Setup:
-        return Setup(ClusterSelection(20), prepare=self.giver(0.005, 0.006))
+        return Setup(ClusterSelection(20), prepare=clusters_above(0.005, 0.006))
 
     def tied(self, storage: str) -> Setup:
         """Clusters of 128 keys that share alike; each is exactly at the threshold."""
-        return Setup(ClusterSelection(20), prepare=self.alike)
+        return Setup(ClusterSelection(20), prepare=clusters_at_the_threshold)
 
     def forced(self, setup: Setup, steps: Sequence[int], head: int) -> Iterable[int]:
-        return range(self.prefix, sum(steps))
+        return range(CLUSTERED, sum(steps))
 
     def count(self, setup: Setup, steps: Sequence[int], head: int) -> None:
         return None
@@ -334,46 +231,49 @@ class ClusteredPrefix(Case):
     def chosen_of_alike(self, setup: Setup, steps: Sequence[int], head: int) -> Iterable[int]:
         return range(128, sum(steps))
 
-    def giver(self, *thresholds: float) -> Callable[[Cache], None]:
-        """Gives a cache 15 clusters in 5 parents, other ones for each key head."""
 
-        def give(cache: Cache) -> None:
-            form, rng = cache.form, np.random.default_rng(1)
-            ends = np.sort(rng.integers(0, self.prefix, (1, form.kv_heads, 15)), axis=2)
-            ends[:, :, -1] = self.prefix
-            parent_ends = np.broadcast_to([2, 5, 9, 10, 15], (1, form.kv_heads, 5))
-            vectors = [rng.standard_normal((1, form.kv_heads, n, form.head_size)) / 4 for n in (15, 5)]
-            give_clusters(cache, vectors[0], ends, vectors[1], parent_ends, thresholds)
+class LowRankPrefix(Case):
+    """`lowrank` of a prefix, of which outliers are always read; of equal chunks, the earlier."""
 
-        return give
+    budget: ClassVar[int] = 6 * BLOCK
+    per_key_head = True
+    pads = False
+    refused = {
+        **dict.fromkeys(
+            (*CODED, "static"),
+            Refusal(
+                "the keys of a prefix of low rank lie before a dense one",
+                PAGES_HAVE,
+            ),
+        ),
+        "a window": WINDOW,
+        "a negative scale": NEGATIVE,
+        "another ring": NO_RING,
+        "a bias": BIAS,
+    }
 
-    def alike(self, cache: Cache) -> None:
-        """Gives a cache 16 clusters of 8 keys with one centroid."""
-        form = cache.form
-        ends = np.broadcast_to(np.arange(8, 129, 8), (1, form.kv_heads, 16))
-        parent_ends = np.broadcast_to([16], (1, form.kv_heads, 1))
-        vectors = [np.ones((1, form.kv_heads, n, form.head_size)) for n in (16, 1)]
-        give_clusters(cache, vectors[0], ends, vectors[1], parent_ends, (-1, 1 / 128))
+    def full(self, storage: str) -> list[Setup]:
+        options = ({"budget": FULL}, {"share": 1.0}, {"dense_below": FULL})
+        without = Setup(LowRankSelection())
+        return [without, *(Setup(LowRankSelection(**one), prepare=own_tokens, exact=False) for one in options)]
 
+    def small(self, storage: str) -> Setup:
+        return Setup(LowRankSelection(budget=self.budget), prepare=low_rank)
 
-def give_clusters(
-    cache: Cache,
-    centroids: np.ndarray,
-    ends: np.ndarray,
-    parents: np.ndarray,
-    parent_ends: np.ndarray,
-    thresholds: Sequence[float],
-) -> None:
-    """As inputs, centroids and parents in the type of the cache."""
-    dtype = cache.past[0].dtype
-    given = Clusters(
-        centroids.astype(dtype),
-        ends.astype(np.int32),
-        parents.astype(dtype),
-        parent_ends.astype(np.int32),
-        np.array(thresholds, np.float32),
-    )
-    cache.give(given.inputs())
+    def tied(self, storage: str) -> Setup:
+        """Landmarks that are alike."""
+        return Setup(LowRankSelection(budget=self.budget), prepare=low_rank_alike)
+
+    def forced(self, setup: Setup, steps: Sequence[int], head: int) -> Iterable[int]:
+        outliers = [range(BLOCK * chunk, BLOCK * (chunk + 1)) for chunk in outlier_chunks(head)]
+        return [*chain(*outliers), *range(LOW_RANK, sum(steps))]
+
+    def count(self, setup: Setup, steps: Sequence[int], head: int) -> int:
+        return len([*self.forced(setup, steps, head)]) + self.budget
+
+    def chosen_of_alike(self, setup: Setup, steps: Sequence[int], head: int) -> Iterable[int]:
+        forced = set(self.forced(setup, steps, head))
+        return forced | set([token for token in range(LOW_RANK) if token not in forced][: self.budget])
 
 
 class Evicted(Case):
@@ -385,7 +285,7 @@ class Evicted(Case):
             (*CODED, "static"),
             Refusal(
                 "which keeps every token; evict keeps some in a dense cache",
-                "has the selections 'all', 'pages' and 'topk'",
+                PAGES_HAVE,
             ),
         ),
         "a window": WINDOW,
@@ -429,13 +329,12 @@ class Retained(Case):
     """`retain`: all heads keep the same tokens; of equal scores, the newer token, unlike all others."""
 
     rotates = True
-    exact = False
     refused = {
         **dict.fromkeys(
             (*CODED, "static"),
             Refusal(
                 "which keeps every token; retain keeps some in a dense cache",
-                "has the selections 'all', 'pages' and 'topk'",
+                PAGES_HAVE,
             ),
         ),
         "a window": WINDOW,
@@ -449,7 +348,7 @@ class Retained(Case):
     }
 
     def full(self, storage: str) -> list[Setup]:
-        return [Setup(RetainSelection(budget=FULL, sinks=2, recent=6, block=4))]
+        return [Setup(RetainSelection(budget=FULL, sinks=2, recent=6, block=4), exact=False)]
 
     def small(self, storage: str) -> Setup:
         return Setup(RetainSelection(budget=40, sinks=2, recent=6, block=4))
@@ -485,7 +384,7 @@ class Stride(Case):
 
     per_key_head = True
     refused = {
-        **dict.fromkeys((*CODED, "static"), Refusal("stride reads a dense one", "has the selections 'all', 'pages'")),
+        **dict.fromkeys((*CODED, "static"), Refusal("stride reads a dense one", PAGES_HAVE)),
         "a window": WINDOW,
         "not causal": NOT_CAUSAL,
         "another ring": NO_RING,
@@ -513,6 +412,7 @@ CASES: dict[str, Case] = {
     "window compact": MovedWindow("compact"),
     "window cap": MovedWindow("cap"),
     "clusters": ClusteredPrefix(),
+    "lowrank": LowRankPrefix(),
     "evict": Evicted(),
     "retain": Retained(),
     "stride": Stride(),

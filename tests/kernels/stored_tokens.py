@@ -9,10 +9,12 @@ from functools import lru_cache
 import numpy as np
 from attention_feeds import angles, part
 from attention_oracle import Form, rotate, split
+from lowrank_oracle import Prefix, keys_of
 from paged_cache_oracle import PageCodec
 from selected_cache import Cache, Reads
 
 from effc.ir.dialect.cache_storage import PageStorage
+from effc.ir.dialect.selections import LowRankSelection
 
 
 @dataclass
@@ -56,6 +58,8 @@ class StoredTokens:
             keys, values = (x[:, start:].astype(np.float32).astype(dtype).astype(np.float64) for x in both)
         else:
             keys, values = (self.cache.past[i][row, :, start:at].astype(np.float64) for i in (0, 1))
+            if isinstance(self.cache.selection, LowRankSelection):
+                keys, values = self._with_prefix(keys, values)
         joined = (np.concatenate(pair, axis=1) for pair in ((keys, k), (values, v)))
         return RowTokens(q[:, 0], *joined, valid[start : at + 1])
 
@@ -66,6 +70,13 @@ class StoredTokens:
         if self.cache.optional:
             q, k = (rotate(x, step["cos"], step["sin"], form) for x in (q, k))
         return q[0], k[0], split(step["value"], form.kv_heads)[0]
+
+    def _with_prefix(self, keys: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """With what inputs stand for in the first places."""
+        inputs = {name: array for name, array in self.cache.constants.items() if not name.startswith("far")}
+        prefix = Prefix(**inputs)
+        keys = np.concatenate([keys_of(self.cache.form, prefix), keys[:, prefix.count :]], axis=1)
+        return keys, np.concatenate([prefix.values[0].astype(np.float64), values[:, prefix.count :]], axis=1)
 
     def _decoded(self, storage: PageStorage, row: int, tokens: int) -> tuple[np.ndarray, np.ndarray]:
         form, past = self.cache.form, self.cache.past

@@ -15,7 +15,8 @@ import pytest
 from attention_feeds import FORMS, repeated_keys, repeated_queries, row_of, tokens_of
 from attention_oracle import Form
 from selected_cache import PAGED, Cache, Reads
-from selection_cases import CASES, PROMPT, TOKENS, Case, Setup
+from selection_case import PROMPT, TOKENS, Case, Setup
+from selection_cases import CASES
 from stored_tokens import StoredTokens
 
 from effc.ir.dialect.selections import SELECTIONS
@@ -77,13 +78,13 @@ def test_i1_a_full_budget_is_dense_attention(name: str, storage: str, form_name:
         stored = StoredTokens(cache, feeds)
         found = np.concatenate([found, cache.step(feeds, 1)], axis=1)
         dense = replace(form, window=0)
-        wanted = dense_attention(dense, storage if case.exact else "float32", isa, (PROMPT, *steps))[:, PROMPT:]
-        np.testing.assert_allclose(found, wanted, rtol=0, atol=tolerance(case, storage))
+        wanted = dense_attention(dense, storage if setup.exact else "float32", isa, (PROMPT, *steps))[:, PROMPT:]
+        np.testing.assert_allclose(found, wanted, rtol=0, atol=tolerance(setup, storage))
         np.testing.assert_allclose(found[:, -1], stored.attention(stored.everything()), rtol=0, atol=1e-5)
 
 
-def tolerance(case: Case, storage: str) -> float:
-    if case.exact:
+def tolerance(setup: Setup, storage: str) -> float:
+    if setup.exact:
         return 0
     return 1e-5 if storage == "float32" else 2e-2
 

@@ -11,7 +11,7 @@ import pytest
 from attention_feeds import tokens_of
 from attention_oracle import Form
 from cached_attention_model import open_model
-from selected_cache import PAGED, Cache, attributes_of, constants_of, storage_of
+from selected_cache import PAGED, Cache, attributes_of, storage_of
 from selection_cases import CASES
 
 from effc.errors import InputError
@@ -83,7 +83,7 @@ def test_a_bias_has_its_reason(name: str) -> None:
         cache.past,
         ["bias", *cache.optional],
         storage=attributes_of(cache.kept_as, selection),
-        constants=constants_of(form, selection),
+        constants=cache.constants,
         scores=selection.reads_scores,
     )
     step = cache.feeds(tokens_of(form), 1) | {"bias": np.zeros((1, 1, 1, 1), np.float32)}
