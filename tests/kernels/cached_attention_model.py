@@ -43,8 +43,9 @@ class Model:
     def run(
         self, feeds: Mapping[str, np.ndarray], past: Sequence[np.ndarray], in_place: bool = False
     ) -> tuple[np.ndarray, list[np.ndarray]]:
-        """The result and the cache; `in_place` binds each past tensor as its own present."""
+        """The result and the cache; `in_place` binds each past tensor, which is changed, as its own present."""
         binding = self.session.io_binding()
+        past = [np.ascontiguousarray(array) for array in past]
         bound = [to_ortvalue(array) for array in past]
         for name, array in feeds.items():
             binding.bind_ortvalue_input(name, to_ortvalue(array))
@@ -58,14 +59,15 @@ class Model:
                 binding.bind_output(f"present{i}", "cpu")
         self.session.run_with_iobinding(binding)
         outputs = binding.get_outputs()
-        return outputs[0].numpy(), [from_ortvalue(value) for value in outputs[1:]]
+        return outputs[0].numpy(), past if in_place else [from_ortvalue(value) for value in outputs[1:]]
 
 
 def to_ortvalue(array: np.ndarray) -> ort.OrtValue:
-    """A copy of the array."""
+    """The array itself, if its elements follow each other."""
+    array = np.ascontiguousarray(array)
     if array.dtype == ml_dtypes.bfloat16:
-        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16).copy(), TensorProto.BFLOAT16)
-    return ort.OrtValue.ortvalue_from_numpy(array.copy())
+        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16), TensorProto.BFLOAT16)
+    return ort.OrtValue.ortvalue_from_numpy(array)
 
 
 def from_ortvalue(value: ort.OrtValue) -> np.ndarray:

@@ -28,8 +28,7 @@ def checked_step(cache: Cache, feeds: dict[str, np.ndarray]) -> list[bool]:
     stored = StoredTokens(cache, feeds)
     wanted = expected_reads(stored)
     found, reads = cache.logged_step(feeds)
-    for key, tokens in wanted.items():
-        np.testing.assert_array_equal(reads[key], tokens)
+    assert all(np.array_equal(reads[key], tokens) for key, tokens in wanted.items())
     np.testing.assert_allclose(found[:, 0], stored.attention(wanted), atol=2e-5)
     return [len(tokens) < cache.tokens for tokens in wanted.values()]
 
