@@ -100,12 +100,12 @@ class Voting {
     TokenShares& shares = voted_.shares[row];
     shares.begin = start + spec_.sinks;
     shares.end = shares.begin + middle;
-    shares.stride = PaddedRow(middle);
     shares.bases.resize(form_.heads);
     VotingRow voting{row, wanted, {}, nullptr};
     for (int64_t from = shares.begin, to = from; from < shares.end; from = to) {
       while (to < shares.end && to - from < kPartTokens) to = store_.BlockEnd(row, to, shares.end);
-      shares.parts.push_back({from, to});
+      shares.parts.push_back({from, to, shares.stride});
+      shares.stride += PaddedRow(to - from) + kRowPadding;  // scores are written in whole vectors
     }
     voting.partial.resize(shares.parts.size() * form_.heads);
     shares.factors.resize(voting.partial.size());
@@ -141,25 +141,23 @@ class Voting {
   // Shares of a part among itself.
   void Score(VotingRow& row, int64_t part, int64_t head) {
     const int64_t group = form_.group();
-    const SlotRun slots = Shares(row).parts[part];
+    const TokenShares& shares = Shares(row);
+    const TokenShares::Part& slots = shares.parts[part];
     const int64_t count = slots.end - slots.begin;
-    const int64_t stride = PaddedRow(kPartTokens + kLongestBlock);
     const float* const queries = tokens_.Query(row.row, head, operands_.seq - 1);
-    float* const scores = ThreadFloats(kPartScores, group * stride);
+    float* const scores = shares.At(head * group, slots, slots.begin);
     for (int64_t from = slots.begin, to = from; from < slots.end; from = to) {
       to = store_.BlockEnd(row.row, from, slots.end);
       reader_.KeyScores({row.row, head, from, to}, queries, group, scores + from - slots.begin,
-                        stride);
+                        shares.stride);
     }
     const uint8_t* const valid = operands_.valid + row.row * operands_.total + slots.begin;
     const bool all = std::memchr(valid, 0, count) == nullptr;
     std::vector<QueryRow> state(group, QueryRow{-kInfinity, 0, slots.begin, slots.end, nullptr});
     const SlotBlock block{slots.begin, count, all ? nullptr : valid, form_.scale, form_.softcap};
-    pieces_.absorb(state.data(), group, block, scores, stride, nullptr, 0, 0);
+    pieces_.absorb(state.data(), group, block, scores, shares.stride, nullptr, 0, 0);
     for (int64_t g = 0; g < group; ++g) {
-      const int64_t h = head * group + g;
-      std::memcpy(Shares(row).At(h, slots.begin), scores + g * stride, count * sizeof(float));
-      row.partial[part * form_.heads + h] = {state[g].max, state[g].sum};
+      row.partial[part * form_.heads + head * group + g] = {state[g].max, state[g].sum};
     }
   }
 
@@ -188,11 +186,11 @@ class Voting {
   // What every slot of a part gets from all heads.
   void Vote(VotingRow& row, int64_t part) {
     const TokenShares& all = Shares(row);
-    const SlotRun slots = all.parts[part];
+    const TokenShares::Part& slots = all.parts[part];
     const int64_t count = slots.end - slots.begin;
     float* const votes = ThreadFloats(kPartScores, PaddedRow(count));
     std::fill(votes, votes + count, 0.0f);
-    const TokenRows shares{all.At(0, slots.begin), Type::kFloat, all.stride};
+    const TokenRows shares{all.At(0, slots, slots.begin), Type::kFloat, all.stride};
     pieces_.values(all.factors.data() + part * form_.heads, form_.heads, 1, shares, form_.heads,
                    count, votes, PaddedRow(count), 0);
     std::memcpy(row.votes + slots.begin - all.begin, votes, count * sizeof(float));
