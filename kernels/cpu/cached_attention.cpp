@@ -70,7 +70,7 @@ class Attention {
   void Run(const ParallelFunction& parallel) {
     for (int64_t row = 0; row < operands_.batch; ++row) Plan(row);
     rows_.resize(part_rows_);
-    sums_.resize(part_rows_ * sum_stride_);
+    sums_ = ThreadFloats(kPartSums, part_rows_ * sum_stride_);
     const int64_t count = static_cast<int64_t>(tasks_.size());
     parallel(count, std::max<int64_t>(1, count / kTasks), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) RunTask(tasks_[i]);
@@ -210,7 +210,7 @@ class Attention {
   void RunTask(const Task& task) {
     const int64_t m = (task.end - task.begin) * group_;
     if (task.part >= 0) {
-      float* const sums = sums_.data() + task.part * sum_stride_;
+      float* const sums = sums_ + task.part * sum_stride_;
       OpenRows(task, rows_.data() + task.part, sums);
       ReadSinks(task, m, rows_.data() + task.part, sums);
       if (task.reading == Reading::kShares) {
@@ -417,7 +417,7 @@ class Attention {
     for (int64_t i = 0; i < m; ++i) {
       const int64_t at = joint.first_part + i;
       Finish(joint.row, joint.head, joint.begin + i / group_, i % group_, rows_.data() + at, m,
-             sums_.data() + at * sum_stride_, m * sum_stride_, joint.parts);
+             sums_ + at * sum_stride_, m * sum_stride_, joint.parts);
     }
   }
 
@@ -453,7 +453,7 @@ class Attention {
   std::vector<Joint> joints_;
   std::vector<SlotRun> slots_;  // pieces of chosen tasks, each a part of a block
   std::vector<QueryRow> rows_;  // of all parts
-  std::vector<float> sums_;
+  float* sums_ = nullptr;
   int64_t part_rows_ = 0;
 };
 

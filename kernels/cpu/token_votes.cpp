@@ -1,12 +1,12 @@
 #include "cpu/token_votes.h"
 
 #include <algorithm>
-#include <array>
-#include <bit>
 #include <cmath>
 #include <cstring>
 #include <functional>
 #include <limits>
+
+#include "cpu/largest.h"
 
 namespace effc {
 namespace {
@@ -21,43 +21,6 @@ struct VotingRow {
   std::vector<Normaliser> partial;  // [part][H]
   float* votes;                     // of the slots it chooses from
 };
-
-// The least of the `wanted` largest of numbers that are not negative: most are told apart by their
-// upper bits.
-float LeastOf(const float* numbers, int64_t count, int64_t wanted) {
-  constexpr int kLowBits = 20;
-  std::array<int32_t, 1 << (31 - kLowBits)> counts{};
-  for (int64_t i = 0; i < count; ++i) ++counts[std::bit_cast<uint32_t>(numbers[i]) >> kLowBits];
-  size_t bin = counts.size();
-  int64_t larger = 0;
-  do {
-    larger += counts[--bin];
-  } while (larger < wanted);
-  std::vector<float> same;
-  for (int64_t i = 0; i < count; ++i) {
-    if (std::bit_cast<uint32_t>(numbers[i]) >> kLowBits == bin) same.push_back(numbers[i]);
-  }
-  const auto place = same.begin() + wanted - 1 - (larger - counts[bin]);
-  std::nth_element(same.begin(), place, same.end(), std::greater<float>());
-  return *place;
-}
-
-// Places of the `wanted` largest numbers, ascending; of equal ones, the first.
-std::vector<int32_t> Largest(const float* numbers, int64_t count, int64_t wanted) {
-  const float least = LeastOf(numbers, count, wanted);
-  std::vector<int32_t> places;
-  places.reserve(wanted);
-  int64_t equal = wanted;  // that are among them
-  for (int64_t i = 0; i < count; ++i) {
-    if (!(numbers[i] >= least)) continue;
-    places.push_back(static_cast<int32_t>(i));
-    equal -= numbers[i] > least ? 1 : 0;
-  }
-  if (static_cast<int64_t>(places.size()) > wanted) {
-    std::erase_if(places, [&](int32_t i) { return numbers[i] == least && --equal < 0; });
-  }
-  return places;
-}
 
 class Voting {
  public:
@@ -112,7 +75,7 @@ class Voting {
     rows_.push_back(std::move(voting));
   }
 
-  // One piece for all rows, which the thread keeps: fresh memory costs more than what it is for.
+  // One piece for all rows.
   void TakeMemory() {
     int64_t floats = 0;
     for (const VotingRow& row : rows_) floats += (form_.heads + 1) * Shares(row).stride;
@@ -206,7 +169,7 @@ class Voting {
     const int64_t start = tokens_.Start(row.row);
     if (start < all.begin) runs.push_back({start, all.begin});
     int64_t next = -1;
-    for (const int32_t t : Largest(row.votes, count, row.wanted)) {
+    for (const int32_t t : PlacesOfLargest(row.votes, count, row.wanted)) {
       if (t == next) {
         ++runs.back().end;
       } else {
