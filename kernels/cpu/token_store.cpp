@@ -155,6 +155,7 @@ void BlockReader::PrefetchValue(int64_t row, int64_t head, int64_t slot) const {
   const auto* const bytes = static_cast<const char*>(run.values.data);
   const int64_t count = form_.value_size * ElementBytes(run.values.type);
   for (int64_t i = 0; i < count; i += kLineBytes) __builtin_prefetch(bytes + i);
+  __builtin_prefetch(bytes + count - 1);  // rows need not begin with a line
 }
 
 void BlockReader::WidenPage(const uint8_t* page, float* panels, float* values) const {
