@@ -20,13 +20,14 @@ from effc.runtime.dialogue import Dialogue
 from effc.runtime.embed import embed
 from effc.runtime.generate import generate
 from effc.runtime.kv_state import NUM_LOGITS, KvState, port_shape
-from effc.runtime.prefix import Prefix, open_prefix, start_from, write_prefix
+from effc.runtime.prefix import Prefix, open_prefix, start_from
 from effc.runtime.prefix_inputs import empty_inputs, prefix_ports
 from effc.runtime.prompt_filter import PromptFilter
 from effc.runtime.shared_weights import SharedWeights
 from effc.runtime.tensors import check_feeds, storage_dtype, to_numpy, to_ort
 from effc.runtime.threads import default_threads, most_threads
 from effc.runtime.tokenizer import Tokenizer
+from effc.runtime.write_prefix import write_prefix
 
 PROVIDERS = {
     "ort-cpu": ("CPUExecutionProvider",),
@@ -384,7 +385,7 @@ class Engine:
         outliers: int | None = None,
         prefill_chunk: int | None = None,
     ) -> dict[str, Any]:
-        """Compute the beginning of prompts once; see `effc.runtime.prefix.write_prefix`."""
+        """Compute the beginning of prompts once; see `effc.runtime.write_prefix.write_prefix`."""
         return write_prefix(
             self,
             prefix,

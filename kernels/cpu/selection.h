@@ -79,6 +79,7 @@ class ChosenSlots {
   // With one head, all key heads share its runs.
   ChosenSlots(int64_t rows, int64_t heads) : heads_(heads), runs_(rows * heads) {}
 
+  bool shared() const { return heads_ == 1; }
   bool Selects(int64_t row) const { return !runs_.empty() && !runs_[row * heads_].empty(); }
   std::vector<SlotRun>& Runs(int64_t row, int64_t head) {
     return runs_[row * heads_ + head % heads_];
