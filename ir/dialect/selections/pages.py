@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
-import onnx_ir as ir
 
 from effc.ir.dialect.cache_storage import BATCH, PAST, DenseStorage, HeadSizes, PageStorage, StateTensor, Storage
-from effc.ir.dialect.selections.base import TokenSelection, require
+from effc.ir.dialect.selections.base import TokenSelection, require_between
 
 if TYPE_CHECKING:
     from effc.ir.dialect.cached_attention import AttentionForm
@@ -52,30 +50,9 @@ class PageSelection(TokenSelection):
     reach: float = 0.6
 
     def __post_init__(self) -> None:
-        for name in ("sinks", "recent", "budget", "dense_below"):
-            require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}, it must be 0 or more")
-        require(1 <= self.block <= MOST_BLOCK, f"block is {self.block}, it must be from 1 to {MOST_BLOCK}")
-        for name in ("share", "reach"):
-            require(0 <= getattr(self, name) <= 1, f"{name} is {getattr(self, name)}, it must be from 0 to 1")
-
-    @classmethod
-    def read(cls, attributes: Mapping[str, ir.Attr]) -> Self:
-        """From `select_*` and `dense_below`."""
-        integers = {name: attributes[f"select_{name}"].as_int() for name in ("sinks", "recent", "block", "budget")}
-        share, reach = (attributes[f"select_{name}"].as_float() for name in ("share", "reach"))
-        return cls(**integers, share=share, reach=reach, dense_below=attributes["dense_below"].as_int())
-
-    def attributes(self) -> dict[str, int | float | str]:
-        """All of this selection."""
-        return {
-            "select_sinks": self.sinks,
-            "select_recent": self.recent,
-            "select_block": self.block,
-            "select_budget": self.budget,
-            "select_share": float(np.float32(self.share)),
-            "dense_below": self.dense_below,
-            "select_reach": float(np.float32(self.reach)),
-        }
+        require_between(self, ("sinks", "recent", "budget", "dense_below"), 0)
+        require_between(self, ("block",), 1, MOST_BLOCK)
+        require_between(self, ("share", "reach"), 0, 1)
 
     def tensors(self, storage: Storage, sizes: HeadSizes) -> tuple[StateTensor, ...]:
         """`bounds` of a dense cache; coded pages have theirs in their parameters."""
