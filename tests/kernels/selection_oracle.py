@@ -60,20 +60,21 @@ def _read(stored: StoredTokens, of: RowTokens, row: int, head: int) -> np.ndarra
 
 
 def _bounds(stored: StoredTokens, of: RowTokens, row: int, head: int, blocks: int) -> np.ndarray:
-    """Of each block, [blocks, any, 2 * D]."""
+    """Of each block, [blocks, any, 2 * D]; means are bounds that have no width."""
     cache, selection = stored.cache, stored.cache.selection
     assert isinstance(selection, PageSelection)
     if not isinstance(cache.kept_as, PageStorage):
-        return dense_bounds(selection, of.keys[head], blocks)[:, None]
+        return dense_bounds(selection, of.keys[head], blocks, stored.cache.past[2].dtype)[:, None]
     sizes = HeadSizes(cache.form.kv_heads, cache.form.head_size, cache.form.value_size)
     return np.stack([page_bounds(cache.kept_as, sizes, page.tobytes()) for page in cache.past[2][row, head, :blocks]])
 
 
-def dense_bounds(selection: PageSelection, keys: np.ndarray, blocks: int) -> np.ndarray:
-    """Minima and maxima [blocks, 2 * D] of keys [tokens, D] as the cache has them."""
+def dense_bounds(selection: PageSelection, keys: np.ndarray, blocks: int, dtype: np.dtype) -> np.ndarray:
+    """Minima and maxima [blocks, 2 * D] of keys [tokens, D] as the cache has them, or their mean twice."""
     first = selection.sinks
     parts = keys[first : first + blocks * selection.block].reshape(blocks, selection.block, -1)
-    return np.concatenate([parts.min(axis=1), parts.max(axis=1)], axis=1)
+    found = [parts.min(axis=1), parts.max(axis=1)] if selection.reach else [parts.mean(axis=1)] * 2
+    return np.concatenate(found, axis=1).astype(dtype)
 
 
 @lru_cache(maxsize=4096)
