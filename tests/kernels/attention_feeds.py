@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 from attention_oracle import Form
@@ -44,6 +45,10 @@ def tokens_of(
     if form.rotary != "none":
         feeds["cos"], feeds["sin"] = angles(form, np.maximum(positions, 0))
     return feeds
+
+
+shared_tokens = cache(tokens_of)
+"""The same, made once for all tests that do not change them."""
 
 
 def part(feeds: dict[str, np.ndarray], begin: int, end: int) -> dict[str, np.ndarray]:

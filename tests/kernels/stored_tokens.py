@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -15,6 +14,8 @@ from selected_cache import Cache, Reads
 
 from effc.ir.dialect.cache_storage import PageStorage
 from effc.ir.dialect.selections import LowRankSelection
+
+NONE = np.zeros(0, int)
 
 
 @dataclass
@@ -97,7 +98,7 @@ class StoredTokens:
         form = self.cache.form
         return np.stack(
             [
-                np.concatenate([self._attend(row, head, reads.get((row, head), ())) for head in range(form.kv_heads)])
+                np.concatenate([self._attend(row, head, reads.get((row, head), NONE)) for head in range(form.kv_heads)])
                 for row in range(len(self.rows))
             ]
         )
@@ -107,10 +108,10 @@ class StoredTokens:
         heads = range(self.cache.form.kv_heads)
         return {(row, head): np.arange(len(one.valid)) for row, one in enumerate(self.rows) for head in heads}
 
-    def _attend(self, row: int, head: int, tokens: Iterable[int]) -> np.ndarray:
+    def _attend(self, row: int, head: int, tokens: np.ndarray) -> np.ndarray:
         """[G * E]."""
         form, of = self.cache.form, self.rows[row]
-        read = np.array([token for token in tokens if of.valid[token]], int)
+        read = tokens[of.valid[tokens]]
         group = form.heads // form.kv_heads
         if not len(read):
             return np.zeros(group * form.value_size)

@@ -8,7 +8,7 @@ from functools import cache as cached
 
 import numpy as np
 import pytest
-from attention_feeds import FORMS, part, tokens_of
+from attention_feeds import FORMS, part, shared_tokens, tokens_of
 from cached_attention_model import open_model
 from evict_oracle import RowOracle
 from selected_cache import Cache, attributes_of
@@ -56,14 +56,14 @@ def numbers(cache: Cache) -> list[list[int]]:
 @cached
 def expected_of(name: str, dtype: str, steps: str) -> tuple[np.ndarray, RowOracle]:
     """For every instruction set."""
-    return expected(Cache(FORMS[name], dtype, EVICT), tokens_of(FORMS[name]), STEPS[steps])
+    return expected(Cache(FORMS[name], dtype, EVICT), shared_tokens(FORMS[name]), STEPS[steps])
 
 
 @pytest.mark.parametrize("steps", STEPS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", FORMS)
 def test_matches_float64(name: str, dtype: str, steps: str, isa: str) -> None:
-    feeds, cache = tokens_of(FORMS[name]), Cache(FORMS[name], dtype, EVICT)
+    feeds, cache = shared_tokens(FORMS[name]), Cache(FORMS[name], dtype, EVICT)
     wanted, oracle = expected_of(name, dtype, steps)
     assert_same(cache, cache.run(feeds, STEPS[steps]), wanted, oracle)
     for head, tokens in enumerate(oracle.kept):

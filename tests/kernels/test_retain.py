@@ -8,7 +8,7 @@ from functools import cache as cached
 
 import numpy as np
 import pytest
-from attention_feeds import part, tokens_of
+from attention_feeds import part, shared_tokens, tokens_of
 from attention_oracle import Form
 from cached_attention_model import open_model
 from retain_oracle import RowOracle, retained
@@ -60,14 +60,14 @@ def numbers(cache: Cache) -> list[int]:
 @cached
 def expected_of(name: str, dtype: str, steps: str) -> tuple[np.ndarray, RowOracle]:
     """For every instruction set."""
-    return expected(Cache(FORMS[name], dtype, RETAIN), tokens_of(FORMS[name]), STEPS[steps])
+    return expected(Cache(FORMS[name], dtype, RETAIN), shared_tokens(FORMS[name]), STEPS[steps])
 
 
 @pytest.mark.parametrize("steps", STEPS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", FORMS)
 def test_matches_float64(name: str, dtype: str, steps: str, isa: str) -> None:
-    feeds, cache = tokens_of(FORMS[name]), Cache(FORMS[name], dtype, RETAIN)
+    feeds, cache = shared_tokens(FORMS[name]), Cache(FORMS[name], dtype, RETAIN)
     wanted, oracle = expected_of(name, dtype, steps)
     assert_same(cache, cache.run(feeds, STEPS[steps]), wanted, oracle)
     for tensor, tokens in zip(cache.past[:2], (oracle.keys, oracle.values), strict=True):

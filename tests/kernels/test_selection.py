@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from attention_feeds import EVEN, FORMS, tokens_of
+from attention_feeds import EVEN, FORMS, shared_tokens, tokens_of
 from attention_oracle import Form
 from cached_attention_model import open_model
 from selected_cache import STORAGES, Cache, attributes_of, form_for, storage_of
@@ -38,7 +38,7 @@ def checked_step(cache: Cache, feeds: dict[str, np.ndarray]) -> list[bool]:
 @pytest.mark.parametrize("storage", STORAGES)
 def test_matches_float64(kind: str, name: str, storage: str, options: dict[str, float], isa: str) -> None:
     form, selection = form_for(name, storage), selection_for(kind, storage, **options)
-    feeds = tokens_of(form)
+    feeds = shared_tokens(form)
     cache = Cache(form, storage, selection)
     cache.run(feeds, [100, 101])
     few = sum(sum(checked_step(cache, feeds)) for _ in range(40))

@@ -12,7 +12,7 @@ from functools import cache as cached
 import ml_dtypes
 import numpy as np
 import pytest
-from attention_feeds import FORMS, repeated_keys, repeated_queries, row_of, tokens_of
+from attention_feeds import FORMS, repeated_keys, repeated_queries, row_of, shared_tokens, tokens_of
 from attention_oracle import Form
 from selected_cache import PAGED, Cache, Reads
 from selection_case import PROMPT, TOKENS, Case, Setup
@@ -35,10 +35,9 @@ def prepared(case: Case, setup: Setup, cache: Cache, feeds: dict[str, np.ndarray
     return cache
 
 
-@cached
 def feeds_of(form: Form, firsts: Sequence[int] = (0,)) -> dict[str, np.ndarray]:
     """For tests that do not change them."""
-    return tokens_of(form, batch=len(firsts), count=TOKENS, firsts=firsts)
+    return shared_tokens(form, batch=len(firsts), count=TOKENS, firsts=firsts)
 
 
 @cached
