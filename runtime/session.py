@@ -109,6 +109,8 @@ def _session_options(threads: int, prepack: bool, library: str | None, shared: S
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = FATAL
+    # It would remember a plan of memory for every shape of the inputs, and that of a mask is new in every step.
+    options.enable_mem_pattern = False
     if not prepack:
         # Both would copy external weights, which are then used where they are mapped. The product of a constant's
         # transpose becomes one with a transposed operand, which is no slower.
