@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
 
 import numpy as np
 import onnxruntime as ort
 
 from effc.errors import EngineError, UsageError
 from effc.runtime.bundle import CacheLayout, CachePort, Port
-from effc.runtime.prefix_inputs import check_inputs, empty_inputs, prefix_ports, tokens_elsewhere
+from effc.runtime.cache_ports import (
+    cache_bytes,
+    check_snapshot,
+    growing_axis,
+    held_cache,
+    kept_slices,
+    port_shape,
+    put_last,
+)
+from effc.runtime.prefix_inputs import check_inputs, empty_inputs, prefix_ports
 from effc.runtime.tensors import storage_dtype, to_numpy, to_ort
 
 BLOCK = 64
 """Capacities are multiples of this many tokens."""
 RESERVE = 128
 """Tokens of room beyond the prompt in a first allocation."""
-BATCH, PAST = "batch", "past"
-"""The symbols a cache shape may hold; `past // P` are whole pages of P tokens."""
 
 NUM_LOGITS = "num_logits"
 """Optional input of an engine: how many of the last tokens get logits."""
@@ -62,14 +67,9 @@ class Cache(ABC):
 
     def _first(self, port: CachePort, length: int) -> np.ndarray:
         """What a cache that has seen no run begins with; a single row is used where it lies, for reading only."""
-        shape = port_shape(port, self.batch, length)
         if port.input not in self.initial:
             return self._zeros(port, 0)
-        if self.initial[port.input].shape[1:] == shape[1:]:
-            return np.ascontiguousarray(np.broadcast_to(self.initial[port.input], shape))
-        array = self._zeros(port, length)
-        _put_last(port, array, length, self.initial[port.input])
-        return array
+        return held_cache(port, self.batch, length, self.initial[port.input])
 
 
 class InPlaceCache(Cache):
@@ -100,15 +100,15 @@ class InPlaceCache(Cache):
         """Buffers of the new capacity with what the first `length` tokens left in the old ones, or began with."""
         grown = []
         for index, port in enumerate(self.ports):
-            if self.values and _growing_axis(port) is None:
+            if self.values and growing_axis(port) is None:
                 grown.append(self.values[index])
                 continue
             array = self._zeros(port, self.capacity)
             if self.values and length:
-                kept = _kept(port, length)
+                kept = kept_slices(port, length)
                 array[kept] = to_numpy(self.values[index], port.dtype)[kept]
             elif port.input in self.initial:
-                _put_last(port, array, length, self.initial[port.input])
+                put_last(port, array, length, self.initial[port.input])
             grown.append(to_ort(array, port.dtype, self.device))
         self.initial = {}
         return grown
@@ -183,7 +183,7 @@ class KvState:
     def snapshot(self) -> dict[str, np.ndarray]:
         """Cache input name -> a copy of what the tokens left in it, without spare capacity, in its storage dtype."""
         arrays = self._cache.arrays(self.length)
-        return {port.input: arrays[port.input][_kept(port, self.length)].copy() for port in self._layout.ports}
+        return {port.input: arrays[port.input][kept_slices(port, self.length)].copy() for port in self._layout.ports}
 
     def restore(
         self, tensors: Mapping[str, np.ndarray], length: int, inputs: Mapping[str, np.ndarray] | None = None
@@ -297,89 +297,6 @@ def _make_cache(layout: CacheLayout, batch: int, device: str, limit: int | None)
     if layout.mode == "growing":
         return GrowingCache(layout.ports, batch, device)
     raise EngineError(f"the manifest names the cache mode {layout.mode!r}, which is unknown. Upgrade effc.")
-
-
-def port_shape(port: CachePort, batch: int, past: int) -> tuple[int, ...]:
-    """Shape of a cache tensor for a batch and a length.
-
-    Raises:
-        EngineError: The shape holds a symbol other than `batch`, `past` and `past // P`.
-    """
-    return tuple(_axis_size(port, axis, batch, past) for axis in range(len(port.shape)))
-
-
-def cache_bytes(layout: CacheLayout, length: int, batch: int = 1) -> dict[str, int]:
-    """Cache input name -> bytes it takes for a number of tokens, without spare capacity."""
-    return {
-        port.input: math.prod(port_shape(port, batch, length)) * storage_dtype(port.dtype).itemsize
-        for port in layout.ports
-    }
-
-
-def check_snapshot(
-    layout: CacheLayout,
-    tensors: Mapping[str, np.ndarray],
-    length: int,
-    inputs: Mapping[str, np.ndarray] = MappingProxyType({}),
-) -> None:
-    """Compare tensors with what the cache of one row holds after a number of tokens.
-
-    Args:
-        layout: Of the engine.
-        tensors: Cache input name -> tensor.
-        length: Tokens, those that inputs stand for included.
-        inputs: What a prefix brings beside its cache.
-
-    Raises:
-        EngineError: A tensor is missing, unknown, or has another dtype or shape.
-    """
-    names = {port.input for port in layout.ports}
-    if difference := ", ".join(sorted(names ^ set(tensors))):
-        raise EngineError(f"the saved cache and that of the engine differ in {difference}. Compute it again.")
-    elsewhere = tokens_elsewhere(layout, inputs)
-    for port in layout.ports:
-        array, shape = tensors[port.input], port_shape(port, 1, length - elsewhere.get(port.input, 0))
-        if array.dtype != storage_dtype(port.dtype) or array.shape != shape:
-            raise EngineError(
-                f"the saved cache tensor {port.input!r} is {array.dtype}{list(array.shape)}, the engine has "
-                f"{port.dtype}{list(shape)} after {length} tokens. Compute it again."
-            )
-
-
-def _axis_size(port: CachePort, axis: int, batch: int, past: int) -> int:
-    size = port.shape[axis]
-    if isinstance(size, int):
-        return size
-    if size == BATCH:
-        return batch
-    name, _, page = size.partition("//")
-    if name.strip() != PAST or not (page.strip() or "1").isdigit() or page.strip() == "0":
-        raise EngineError(
-            f"cache input {port.input!r}: its shape has the unknown symbol {size!r}. Upgrade effc, or build it again."
-        )
-    return past // int(page or 1)
-
-
-def _growing_axis(port: CachePort) -> int | None:
-    """The axis that grows with the tokens; None for a tensor of fixed size."""
-    growing = [axis for axis, size in enumerate(port.shape) if isinstance(size, str) and size != BATCH]
-    return growing[0] if growing else None
-
-
-def _kept(port: CachePort, length: int) -> tuple[slice, ...]:
-    """Index of what `length` tokens need of a tensor."""
-    axis = _growing_axis(port)
-    return () if axis is None else (slice(None),) * axis + (slice(_axis_size(port, axis, 1, length)),)
-
-
-def _put_last(port: CachePort, array: np.ndarray, length: int, held: np.ndarray) -> None:
-    """Write into every row what one row holds of the last of `length` tokens; memory of those before is not touched."""
-    axis = _growing_axis(port)
-    if axis is None:
-        array[:] = held
-        return
-    end = _axis_size(port, axis, 1, length)
-    array[(slice(None),) * axis + (slice(end - held.shape[axis], end),)] = held
 
 
 def next_capacity(needed: int, current: int, limit: int | None) -> int:

@@ -12,7 +12,7 @@ import numpy as np
 from effc.errors import EngineError, UsageError
 from effc.runtime import limits
 from effc.runtime.bundle import numbers_hash
-from effc.runtime.kv_state import check_snapshot
+from effc.runtime.cache_ports import check_snapshot
 from effc.runtime.prefix_folder import (
     AGAIN,
     CACHE,

@@ -11,7 +11,7 @@ import onnxruntime as ort
 
 from effc.errors import EngineError
 from effc.runtime.bundle import CachePort, Manifest, Port
-from effc.runtime.kv_state import port_shape
+from effc.runtime.cache_ports import held_cache, port_shape
 from effc.runtime.prefix_inputs import empty_input, prefix_ports
 from effc.runtime.tensors import storage_dtype, to_ort
 
@@ -117,8 +117,9 @@ class PromptFilter:
         feeds = {port.name: to_ort(tokens[port.name].astype(port.dtype), port.dtype) for port in self._inputs}
         for port in self._cache:
             feeds[port.input] = to_ort(_past(port, prefix), port.dtype)
-        for empty in self._prefix_inputs:  # several tokens read everything
-            feeds[empty.name] = to_ort(empty_input(empty), empty.dtype)
+        for brought in self._prefix_inputs:
+            array = empty_input(brought) if prefix is None else np.ascontiguousarray(prefix.inputs[brought.name])
+            feeds[brought.name] = to_ort(array, brought.dtype)
         try:
             (result,) = self._session.run_with_ort_values([SCORES], feeds, self._options)
         except Exception as error:  # onnxruntime's errors have no common base of their own
@@ -130,4 +131,4 @@ def _past(port: CachePort, prefix: Prefix | None) -> np.ndarray:
     """What the cache of one row holds before the prompt."""
     if prefix is None:
         return np.zeros(port_shape(port, 1, 0), storage_dtype(port.dtype))
-    return np.ascontiguousarray(prefix.tensors[port.input])
+    return held_cache(port, 1, prefix.length, prefix.tensors[port.input])

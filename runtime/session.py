@@ -15,11 +15,12 @@ import onnxruntime as ort
 from effc.errors import EngineError, MissingDependencyError, UsageError
 from effc.runtime.assets import Assets
 from effc.runtime.bundle import CacheLayout, CachePort, Manifest, Port, check_files, read_manifest
+from effc.runtime.cache_ports import port_shape
 from effc.runtime.continuation import Generation
 from effc.runtime.dialogue import Dialogue
 from effc.runtime.embed import embed
 from effc.runtime.generate import generate
-from effc.runtime.kv_state import NUM_LOGITS, KvState, port_shape
+from effc.runtime.kv_state import NUM_LOGITS, KvState
 from effc.runtime.prefix import Prefix, open_prefix, start_from
 from effc.runtime.prefix_inputs import empty_inputs, prefix_ports
 from effc.runtime.prompt_filter import PromptFilter

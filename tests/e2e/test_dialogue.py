@@ -9,7 +9,7 @@ import pytest
 
 import effc
 from effc.errors import UsageError
-from effc.runtime.kv_state import cache_bytes
+from effc.runtime.cache_ports import cache_bytes
 from effc.runtime.limits import token_limit
 from effc.runtime.session import Engine
 from effc.verify.steps import token_feed

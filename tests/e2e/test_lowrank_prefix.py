@@ -192,6 +192,19 @@ def test_a_prefix_longer_than_its_angles_is_refused(model: Path, tmp_path: Path)
         engine.write_prefix(random_ids(135), tmp_path / "prefix")
 
 
+def test_prompts_are_shortened_after_a_prefix(model: Path, tmp_path: Path) -> None:
+    found = []
+    for name, selection in (("dense", ""), ("lowrank", ",sparse-attention{scheme=lowrank,share=1}")):
+        passes = f"cached-attention{{rotary=inside}},prompt-filter{{layer=1,keep=16,forced=3}}{selection}"
+        with effc.load(built(model, tmp_path / name, passes)) as engine:
+            options = {"rank": ELEMENTS} if selection else {}
+            engine.write_prefix(random_ids(LENGTH), tmp_path / "prefix", **options)
+            (result,) = engine.generate([random_ids(60, 9)], max_new_tokens=NEW, prefix=tmp_path / "prefix")
+            assert result.kept_tokens == 16
+            found.append(result.token_ids)
+    assert found[0] == found[1]
+
+
 def test_a_portable_engine_cannot_have_it(model: Path, tmp_path: Path) -> None:
     with pytest.raises(EffcError, match=r"selection=lowrank has no body in .* pass sparse-attention out"):
         effc.optimize(model, tmp_path / "engine", passes=PASSES["float32"], portable=True)

@@ -14,7 +14,12 @@ from stored_tokens import StoredTokens
 
 KINDS = ("pages", "topk")
 OPTIONS = {
-    "pages": [{"budget": 64}, {"share": 0.25, "reach": 1.0}, {"budget": 48, "reach": 0.6}, {"share": 0.1, "dense_below": 250}],
+    "pages": [
+        {"budget": 64},
+        {"budget": 48, "reach": 0.6},
+        {"share": 0.25, "reach": 1.0},
+        {"share": 0.1, "dense_below": 250},
+    ],
     "topk": [{"budget": 64}, {"share": 0.25}, {"share": 0.1, "dense_below": 250}],
 }
 

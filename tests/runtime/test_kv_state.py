@@ -15,7 +15,8 @@ from onnx import helper
 
 from effc.errors import EngineError, UsageError
 from effc.runtime.bundle import CacheLayout, CachePort, Port
-from effc.runtime.kv_state import KvState, cache_bytes, next_capacity, port_shape
+from effc.runtime.cache_ports import cache_bytes, port_shape
+from effc.runtime.kv_state import KvState, next_capacity
 from effc.runtime.session import Engine, load
 
 MODES = ("in-place", "growing")
