@@ -18,8 +18,10 @@ from effc.runtime.tensors import check_feeds, storage_dtype
 CLUSTER_TOKENS, PARENT_CLUSTERS = 5, 5
 """Tokens of a cluster and clusters of a parent, the means."""
 KEEP = 0.25
-SURVIVING = 3.0
+SURVIVING = 4.0
 """Parents let so many times the keys pass that clusters keep."""
+REACH, PARENT_REACH = 0.6, 2.0
+"""How far beyond their mean a query expects keys of clusters and of parents: so many times `radii`."""
 EVERYTHING = np.array([-1, -1], np.float32)
 """Thresholds below any weight."""
 
@@ -31,15 +33,19 @@ class ClusterTree:
     Attributes:
         centroids: Means of the keys of each cluster, float32 [clusters, D]; zeros where it has none.
         ends: Token behind each cluster, int32 [clusters].
+        radii: What a query of length 1 adds to its product with each centroid, float32 [clusters].
         parents: Means of the keys of each parent, [parents, D].
         parent_ends: Cluster behind each parent, int32 [parents].
+        parent_radii: What it adds to that with each parent, [parents].
         order: Tokens in their new order, [tokens].
     """
 
     centroids: np.ndarray
     ends: np.ndarray
+    radii: np.ndarray
     parents: np.ndarray
     parent_ends: np.ndarray
+    parent_radii: np.ndarray
     order: np.ndarray
 
     @property
@@ -150,13 +156,38 @@ def cluster_tree(keys: np.ndarray, cluster_tokens: int = CLUSTER_TOKENS) -> Clus
     rank[by_parent] = np.arange(count)
     parent_sums, _ = sums_by_label(sums, parents, above)
     tokens = np.bincount(parents, counts, minlength=above).astype(np.float32)
+    means = parent_sums / np.maximum(tokens, 1)[:, None]
+    order = np.argsort(rank[labels], kind="stable")
     return ClusterTree(
         centroids=centroids[by_parent],
         ends=np.cumsum(counts[by_parent]).astype(np.int32),
-        parents=parent_sums / np.maximum(tokens, 1)[:, None],
+        radii=REACH * radii(keys[order], centroids[by_parent], counts[by_parent]),
+        parents=means,
         parent_ends=np.cumsum(np.bincount(parents, minlength=above)).astype(np.int32),
-        order=np.argsort(rank[labels], kind="stable"),
+        parent_radii=PARENT_REACH * radii(keys[order], means, tokens),
+        order=order,
     )
+
+
+def radii(keys: np.ndarray, means: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """How far the farthest of the keys of a cluster reaches beyond their mean in a random direction.
+
+    Its distance times the standard deviation of one element of such a direction, 1 / sqrt(D). The mean of keys says
+    little about the largest of their scores, the less the more they are.
+
+    Args:
+        keys: float32 [n, D], those of a cluster side by side.
+        means: Of each cluster, [clusters, D].
+        counts: Keys of each cluster.
+
+    Returns:
+        float32 [clusters]; 0 where it has no keys.
+    """
+    found, sizes = counts > 0, counts.astype(np.int64)
+    distances = np.linalg.norm(keys - np.repeat(means, sizes, axis=0), axis=1)
+    farthest = np.zeros(len(counts), np.float32)
+    farthest[found] = np.maximum.reduceat(distances, (np.cumsum(sizes) - sizes)[found])
+    return np.asarray(farthest / np.sqrt(np.float32(keys.shape[1])))
 
 
 def thresholds(layers: Sequence[_Layer], keep: float) -> np.ndarray:
@@ -197,13 +228,14 @@ def _layer(ports: ClusterPorts, cache: Mapping[str, np.ndarray], count: int, clu
 
 
 def _stacked(layer: _Layer) -> list[np.ndarray]:
-    """Centroids, ends, parents and their ends of all heads, as the inputs take them."""
-    centroids, ends, parents, parent_ends = (
-        np.stack([getattr(tree, name) for tree in layer.trees])[None]
-        for name in ("centroids", "ends", "parents", "parent_ends")
-    )
+    """What trees hold of all heads but the order, as the inputs take it."""
     dtype = layer.ports.dtype
-    return [_stored(centroids, dtype), ends, _stored(parents, dtype), parent_ends]
+    stacked = {
+        name: np.stack([getattr(tree, name) for tree in layer.trees])[None]
+        for name in ("centroids", "ends", "radii", "parents", "parent_ends", "parent_radii")
+    }
+    vectors = ("centroids", "parents")
+    return [_stored(array, dtype) if name in vectors else array for name, array in stacked.items()]
 
 
 def _weights(layer: _Layer, head: int, surviving: np.ndarray | None) -> np.ndarray:
@@ -212,8 +244,14 @@ def _weights(layer: _Layer, head: int, surviving: np.ndarray | None) -> np.ndarr
     Clusters of other parents get -1.
     """
     tree = layer.trees[head]
-    centroids, counts = (tree.parents, tree.parent_counts) if surviving is None else (tree.centroids, tree.counts)
-    scores = layer.ports.scale * (layer.queries[head] @ centroids.T)
+    centroids, beyond, counts = (
+        (tree.parents, tree.parent_radii, tree.parent_counts)
+        if surviving is None
+        else (tree.centroids, tree.radii, tree.counts)
+    )
+    queries = layer.queries[head]
+    lengths = np.linalg.norm(queries, axis=-1, keepdims=True)
+    scores = layer.ports.scale * (queries @ centroids.T + lengths * beyond)
     if layer.ports.softcap:
         scores = layer.ports.softcap * np.tanh(scores / layer.ports.softcap)
     if surviving is None:

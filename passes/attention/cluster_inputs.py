@@ -10,7 +10,13 @@ from effc.ir.dialect.selections import ClusterSelection
 from effc.passes.attention.cache_change import cache_prefix
 
 THRESHOLDS = "thresholds"
-TYPES = {"ends": ir.DataType.INT32, "parent_ends": ir.DataType.INT32, THRESHOLDS: ir.DataType.FLOAT}
+TYPES = {
+    "ends": ir.DataType.INT32,
+    "radii": ir.DataType.FLOAT,
+    "parent_ends": ir.DataType.INT32,
+    "parent_radii": ir.DataType.FLOAT,
+    THRESHOLDS: ir.DataType.FLOAT,
+}
 """Of inputs; centroids and parents have the type of the keys."""
 
 

@@ -86,7 +86,10 @@ def tokens_of(form: Form, batch: int = 1, seed: int = 3) -> dict[str, np.ndarray
 
 
 def grouped(keys: np.ndarray, seed: int = 1) -> tuple[np.ndarray, Clusters]:
-    """Order and clusters of keys [K, tokens, D]: 17 in 5 parents, two clusters and a parent without any token."""
+    """Order and clusters of keys [K, tokens, D]: 17 in 5 parents, two clusters and a parent without any token.
+
+    Radii are random.
+    """
     rng = np.random.default_rng(seed)
     heads, count, size = keys.shape
     labels = rng.integers(0, 17, (heads, count))
@@ -105,8 +108,10 @@ def grouped(keys: np.ndarray, seed: int = 1) -> tuple[np.ndarray, Clusters]:
     return np.array(orders), Clusters(
         vectors[0],
         np.array(ends, np.int32)[None],
+        0.2 * rng.random((1, heads, 17), F32),
         vectors[1],
         np.array([starts] * heads, np.int32)[None],
+        0.2 * rng.random((1, heads, 5), F32),
         np.zeros(2, F32),
     )
 
@@ -208,6 +213,19 @@ def test_thresholds_below_every_weight_are_dense(name: str, dtype: str) -> None:
     cache.give(replace(cache.clusters, thresholds=np.array([-1, -1], F32)))
     dense = Cache(form, DTYPES[dtype]).run(feeds, [PREFIX, *[1] * 30, 5])
     np.testing.assert_allclose(cache.run(feeds, [*[1] * 30, 5]), dense[:, PREFIX:], atol=1e-5)
+
+
+def test_every_parent_passes_a_threshold_below_every_weight() -> None:
+    """With the bits of one that is exceeded by all of them."""
+    form = FORMS["gqa"]
+    feeds = tokens_of(form)
+    results = []
+    for first in (-1, -0.0):
+        cache = prepared(form, "float32", feeds)
+        assert cache.clusters is not None
+        cache.give(replace(cache.clusters, thresholds=np.array([first, cache.clusters.thresholds[1]], F32)))
+        results.append(cache.run(feeds, [1] * 20))
+    assert np.array_equal(*results)
 
 
 @pytest.mark.parametrize("thresholds", [(1, 1), (-1, 1), (1, -1)])
@@ -338,6 +356,8 @@ def test_what_there_is_not(form: Form, storage: dict[str, object], message: str)
         ({"ends": lambda ends: ends[:, :, ::-1]}, "end of cluster . is .* is the cache that of the prefix"),
         ({"ends": lambda ends: ends + 100}, "end of cluster .* it must be from .* to 300"),
         ({"ends": lambda ends: ends[:, :, :5]}, "ends has shape"),
+        ({"radii": lambda radii: radii[:, :, :5]}, "radii has shape"),
+        ({"parent_radii": lambda radii: radii.astype(np.float64)}, "parent radii is another type; it must be float32"),
         ({"parent_ends": lambda ends: ends - 1}, "the parents of head 0 have not all clusters"),
         ({"thresholds": lambda limits: limits[:1]}, "thresholds has shape"),
         ({"centroids": lambda x: x[:, :, :, :5]}, "centroids has shape"),
