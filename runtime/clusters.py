@@ -18,8 +18,9 @@ from effc.runtime.tensors import check_feeds, storage_dtype
 CLUSTER_TOKENS, PARENT_CLUSTERS = 5, 5
 """Tokens of a cluster and clusters of a parent, the means."""
 KEEP = 0.25
-SURVIVING = 4.0
-"""Parents let so many times the keys pass that clusters keep."""
+SURVIVING, ASKED = 3.0, 0.75
+"""Parents let so many times the keys pass that clusters keep, where that is less than this share. They let all pass
+otherwise: they would spare hardly more centroids than there are parents."""
 REACH, PARENT_REACH = 0.6, 2.0
 """How far beyond their mean a query expects keys of clusters and of parents: so many times `radii`."""
 EVERYTHING = np.array([-1, -1], np.float32)
@@ -198,10 +199,15 @@ def thresholds(layers: Sequence[_Layer], keep: float) -> np.ndarray:
     heads = [(layer, head) for layer in layers for head in range(len(layer.trees))]
     above = [_weights(layer, head, None) for layer, head in heads]
     parents = [np.broadcast_to(layer.trees[head].parent_counts, one.shape) for (layer, head), one in zip(heads, above)]
-    first = _threshold(above, parents, min(1, SURVIVING * keep))
+    first = _threshold(above, parents, passing(keep))
     below = [_weights(layer, head, one > first) for (layer, head), one in zip(heads, above)]
     counts = [np.broadcast_to(layer.trees[head].counts, one.shape) for (layer, head), one in zip(heads, below)]
     return np.array([first, _threshold(below, counts, keep)], np.float32)
+
+
+def passing(keep: float) -> float:
+    """Share of the keys that parents let pass where clusters keep a share."""
+    return SURVIVING * keep if SURVIVING * keep < ASKED else 1.0
 
 
 def key_weights(scores: np.ndarray, counts: np.ndarray) -> np.ndarray:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from effc.ir.dialect.selections import ClusterSelection
-from effc.runtime.clusters import PARENT_CLUSTERS, PARENT_REACH, REACH, SURVIVING, key_weights, radii
+from effc.runtime.clusters import PARENT_CLUSTERS, PARENT_REACH, REACH, key_weights, passing, radii
 
 OBSERVED = ClusterSelection().observed
 
@@ -43,7 +43,7 @@ def clustered_keys(heads: int, tokens: int, size: int, cluster_tokens: int) -> t
 def thresholds(clusters: dict[str, np.ndarray], queries: np.ndarray, scale: float, keep: float) -> np.ndarray:
     """Thresholds [2] that let the share `keep` of the clustered keys pass for queries [heads, group, size]."""
     first = _parent_weights(clusters, queries, scale)
-    upper = np.quantile(first, 1 - min(1, SURVIVING * keep))
+    upper = np.quantile(first, 1 - passing(keep))
     reached, last = _below(clusters, first > upper, queries, scale)
     return np.array([upper, np.quantile(np.where(reached, last, -1), 1 - keep)], np.float32)
 
