@@ -37,6 +37,18 @@ from effc.errors import InputError
     metavar="N",
     help="Tokens of a cluster there, the mean; more cost less, and find less surely what matters; 5.",
 )
+@click.option(
+    "--rank",
+    type=int,
+    metavar="N",
+    help="Columns of the matrices that replace its keys, with sparse-attention{scheme=lowrank}; 5 of 32, 64 at least.",
+)
+@click.option(
+    "--outliers",
+    type=int,
+    metavar="N",
+    help="Chunks of every key head that keep their keys there; one in 64, at most 48.",
+)
 @threads_option
 @json_option
 def command(
@@ -46,6 +58,8 @@ def command(
     chat: bool,
     keep: float | None,
     cluster_tokens: int | None,
+    rank: int | None,
+    outliers: int | None,
     threads: int | None,
     as_json: bool,
 ) -> None:
@@ -56,7 +70,9 @@ def command(
     from effc.runtime.session import load
 
     with load(engine, threads=threads) as opened:
-        result = opened.write_prefix(text, output, chat=chat, keep=keep, cluster_tokens=cluster_tokens)
+        result = opened.write_prefix(
+            text, output, chat=chat, keep=keep, cluster_tokens=cluster_tokens, rank=rank, outliers=outliers
+        )
     if as_json:
         print_json(result)
     else:

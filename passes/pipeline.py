@@ -16,7 +16,10 @@ REASONS_SHOWN = 8
 
 
 def expand(passes: Sequence[Pass]) -> tuple[Pass, ...]:
-    """The passes that will run: `canonicalize` first, and before each pass those it requires."""
+    """The passes that will run: `canonicalize` first, and before each pass those it requires.
+
+    Where several passes require the same one, it runs once, with the options of the first that wants any.
+    """
     full: list[Pass] = []
     present = {one.name for one in passes}
     if Canonicalize.name not in present:
@@ -24,9 +27,15 @@ def expand(passes: Sequence[Pass]) -> tuple[Pass, ...]:
     for one in passes:
         for required in one.requires():
             if all(required.name != earlier.name for earlier in full):
-                full.append(required)
+                full.append(_most_wanted(required, passes))
         full.append(one)
     return tuple(full)
+
+
+def _most_wanted(required: Pass, passes: Sequence[Pass]) -> Pass:
+    """A required pass as the first of all passes wants it that is not content with its defaults."""
+    wanted = [other for one in passes for other in one.requires() if other.name == required.name]
+    return next((one for one in wanted if one != type(one)()), required)
 
 
 def run_pipeline(

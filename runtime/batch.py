@@ -105,7 +105,7 @@ class Batch:
         self._rows = TokenRows(engine, [self.width - len(prompt) for prompt in prompts], total)
         self.state = self._rows.state
         if prefix is not None:
-            self.state.restore(prefix.tensors, prefix.length, prefix.clusters)
+            self.state.restore(prefix.tensors, prefix.length, prefix.inputs)
 
     def prefill(self, chunk: int) -> np.ndarray:
         """Read the prompts, `chunk` tokens in a run; logits [batch, vocabulary] after their last tokens."""

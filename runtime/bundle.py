@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -82,32 +82,8 @@ class ClusterPorts:
 
 
 @dataclass(frozen=True)
-class CacheLayout:
-    """How the engine carries its KV cache.
-
-    Attributes:
-        mode: `in-place`: input and output are bound to one buffer of any capacity along `past`, and the true
-            length is `attention_mask.shape[1] - input_ids.shape[1]`; a step appends without copying.
-            `growing`: the output is `past + seq` long and becomes the next input.
-        ports: The tensors, in graph order.
-        layers: For each attention of ours, what one row takes: `site`, `storage`, `bits` and `bits_with_parameters`
-            of an element, and at `tokens` tokens `bytes`, `bytes_of_codes` and `dense_bytes` (bfloat16).
-        endless: Whether no attention ever meets a position beyond a fixed one, so that any number of tokens will do.
-        clusters: For each attention that reads clusters of a prefix, the inputs that bring them.
-        longest_step: Most new tokens of a row in one run; None: any number.
-    """
-
-    mode: str
-    ports: list[CachePort] = field(default_factory=list)
-    layers: list[dict[str, Any]] = field(default_factory=list)
-    endless: bool = False
-    clusters: list[ClusterPorts] = field(default_factory=list)
-    longest_step: int | None = None
-
-
-@dataclass(frozen=True)
 class SharedWeight:
-    """A tensor of a weight file that several graphs hand to our kernels, which keep one copy of what lies in one place.
+    """A tensor of a weight file that others than its graph read where it lies.
 
     Attributes:
         name: Initializer in every graph that has it.
@@ -122,6 +98,56 @@ class SharedWeight:
     shape: list[int]
     offset: int
     file: str
+
+
+@dataclass(frozen=True)
+class LowRankPorts:
+    """The inputs that bring a prefix of low rank to one attention, and what it is made of.
+
+    Attributes:
+        key: Cache input of its keys.
+        value: Cache input of its values.
+        dtype: Numpy dtype name of the keys.
+        chunk: Tokens of a chunk.
+        rotary: How keys are rotated: `none`, `half` or `interleaved`.
+        angles: Cosines and sines float32 [1, positions, elements / 2] that rotate them; empty with `none`.
+        inputs: `tokens`, `basis`, `values`, `landmarks`, `outliers` and `outlier_keys`, in this order. Their axes
+            `prefix`, `rank`, `chunks` and `outliers` are 0 without a prefix.
+    """
+
+    key: str
+    value: str
+    dtype: str
+    chunk: int
+    rotary: str
+    angles: list[SharedWeight]
+    inputs: list[Port]
+
+
+@dataclass(frozen=True)
+class CacheLayout:
+    """How the engine carries its KV cache.
+
+    Attributes:
+        mode: `in-place`: input and output are bound to one buffer of any capacity along `past`, and the true
+            length is `attention_mask.shape[1] - input_ids.shape[1]`; a step appends without copying.
+            `growing`: the output is `past + seq` long and becomes the next input.
+        ports: The tensors, in graph order.
+        layers: For each attention of ours, what one row takes: `site`, `storage`, `bits` and `bits_with_parameters`
+            of an element, and at `tokens` tokens `bytes`, `bytes_of_codes` and `dense_bytes` (bfloat16).
+        endless: Whether no attention ever meets a position beyond a fixed one, so that any number of tokens will do.
+        clusters: For each attention that reads clusters of a prefix, the inputs that bring them.
+        low_rank: For each attention that reads a prefix of low rank, the inputs that bring it.
+        longest_step: Most new tokens of a row in one run; None: any number.
+    """
+
+    mode: str
+    ports: list[CachePort] = field(default_factory=list)
+    layers: list[dict[str, Any]] = field(default_factory=list)
+    endless: bool = False
+    clusters: list[ClusterPorts] = field(default_factory=list)
+    low_rank: list[LowRankPorts] = field(default_factory=list)
+    longest_step: int | None = None
 
 
 @dataclass(frozen=True)
@@ -195,6 +221,13 @@ class Manifest:
     prompt_filter: PromptFilter | None = None
 
     @property
+    def shared_weights(self) -> list[SharedWeight]:
+        """Tensors of weight files that the runtime reads itself."""
+        layers = self.cache.low_rank if self.cache is not None else []
+        filtering = self.prompt_filter.weights if self.prompt_filter is not None else []
+        return [*filtering, *(table for layer in layers for table in layer.angles)]
+
+    @property
     def models(self) -> list[str]:
         """File names of its graphs."""
         return [self.model, *([self.prompt_filter.model] if self.prompt_filter is not None else [])]
@@ -261,15 +294,18 @@ LATER_KEYS = ("optional_inputs", "prompt_filter")
 def _parse(path: Path, content: Mapping[str, Any]) -> Manifest:
     try:
         values = {item.name: content[item.name] for item in fields(Manifest) if item.name not in LATER_KEYS}
-        values["inputs"] = [Port(**port) for port in values["inputs"]]
-        values["optional_inputs"] = [Port(**port) for port in content.get("optional_inputs", [])]
-        values["outputs"] = [Port(**port) for port in values["outputs"]]
+        values["inputs"] = _ports(values["inputs"])
+        values["optional_inputs"] = _ports(content.get("optional_inputs", []))
+        values["outputs"] = _ports(values["outputs"])
         if values["cache"] is not None:
             values["cache"] = _parse_cache(values["cache"])
         values["prompt_filter"] = _prompt_filter(content.get("prompt_filter"))
         manifest = Manifest(**values)
         for name in (*manifest.models, *manifest.files):
             check_name(path, name)
+        for weight in manifest.shared_weights:
+            if weight.file not in manifest.files:
+                raise EngineError(f"{path}: weight {weight.name!r} lies in {weight.file!r}, which is no file of it.")
         return manifest
     except (KeyError, TypeError, AttributeError) as error:
         raise EngineError(f"{path}: a key is missing or malformed ({error}). Build the engine again.") from error
@@ -277,20 +313,30 @@ def _parse(path: Path, content: Mapping[str, Any]) -> Manifest:
 
 def _parse_cache(content: Mapping[str, Any]) -> CacheLayout:
     ports = [CachePort(**port) for port in content["ports"]]
-    clusters = [
-        ClusterPorts(**{**one, "inputs": [Port(**port) for port in one["inputs"]]})
-        for one in content.get("clusters", [])
+    clusters = [ClusterPorts(**{**one, "inputs": _ports(one["inputs"])}) for one in content.get("clusters", [])]
+    low_rank = [
+        LowRankPorts(**{**one, "angles": _shared_weights(one["angles"]), "inputs": _ports(one["inputs"])})
+        for one in content.get("low_rank", [])
     ]
-    return CacheLayout(**{**content, "ports": ports, "clusters": clusters})
+    return CacheLayout(**{**content, "ports": ports, "clusters": clusters, "low_rank": low_rank})
+
+
+def _ports(content: Sequence[Mapping[str, Any]]) -> list[Port]:
+    return [Port(**port) for port in content]
 
 
 def _prompt_filter(content: Mapping[str, Any] | None) -> PromptFilter | None:
     if content is None:
         return None
-    found = PromptFilter(**{**content, "weights": [SharedWeight(**weight) for weight in content["weights"]]})
+    found = PromptFilter(**{**content, "weights": _shared_weights(content["weights"])})
     if not 0 <= found.forced < found.keep:
         raise TypeError(f"keep is {found.keep} and forced {found.forced}")
-    for weight in found.weights:
+    return found
+
+
+def _shared_weights(content: Sequence[Mapping[str, Any]]) -> list[SharedWeight]:
+    found = [SharedWeight(**weight) for weight in content]
+    for weight in found:
         if not all(isinstance(number, int) and number >= 0 for number in (weight.offset, *weight.shape)):
             raise TypeError(f"weight {weight.name!r} has the shape {weight.shape} and the offset {weight.offset!r}")
     return found

@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from effc.errors import EngineError, UsageError
-from effc.runtime.bundle import CacheLayout, ClusterPorts, Port
+from effc.runtime.bundle import CacheLayout, ClusterPorts
 from effc.runtime.kmeans import kmeans, sums_by_label, unit_rows
-from effc.runtime.tensors import check_feeds, storage_dtype
+from effc.runtime.prefix_inputs import empty_inputs
+from effc.runtime.tensors import to_floats, to_stored
 
 CLUSTER_TOKENS, PARENT_CLUSTERS = 5, 5
 """Tokens of a cluster and clusters of a parent, the means."""
@@ -97,7 +97,7 @@ def cluster_cache(
     """
     observed = max((cache[ports.queries].shape[2] for ports in layout.clusters), default=tokens)
     if tokens <= observed:
-        return empty_clusters(layout)
+        return empty_inputs(layout)
     layers = [_layer(ports, cache, tokens - observed, cluster_tokens) for ports in layout.clusters]
     limits = EVERYTHING if keep == 1 else thresholds(layers, keep)
     found: dict[str, np.ndarray] = {}
@@ -107,33 +107,6 @@ def cluster_cache(
             moved = [cache[name][0, head, tree.order] for head, tree in enumerate(layer.trees)]
             cache[name][0, :, : len(layer.trees[0].order)] = moved
     return found
-
-
-def cluster_ports(layout: CacheLayout) -> list[Port]:
-    """The inputs that clusters are fed to, each once."""
-    return list({port.name: port for layer in layout.clusters for port in layer.inputs}.values())
-
-
-def empty_clusters(layout: CacheLayout) -> dict[str, np.ndarray]:
-    """What is fed without a prefix: no clusters, so that everything is read."""
-    return {port.name: no_clusters(port) for port in cluster_ports(layout)}
-
-
-def no_clusters(port: Port) -> np.ndarray:
-    """What one of these inputs is fed then."""
-    return np.zeros([size if isinstance(size, int) else 0 for size in port.shape], storage_dtype(port.dtype))
-
-
-def check_clusters(layout: CacheLayout, clusters: Mapping[str, np.ndarray]) -> None:
-    """Compare the clusters of a prefix with the inputs of an engine.
-
-    Raises:
-        EngineError: One is missing, unknown, or has another dtype or shape.
-    """
-    try:
-        check_feeds(cluster_ports(layout), clusters)
-    except UsageError as error:
-        raise EngineError(f"its clusters are not those of the engine: {error}") from error
 
 
 def cluster_tree(keys: np.ndarray, cluster_tokens: int = CLUSTER_TOKENS) -> ClusterTree:
@@ -226,9 +199,9 @@ def key_weights(scores: np.ndarray, counts: np.ndarray) -> np.ndarray:
 def _layer(ports: ClusterPorts, cache: Mapping[str, np.ndarray], count: int, cluster_tokens: int) -> _Layer:
     """The clusters of the first tokens of one attention, centroids as they are stored."""
     queries, trees = cache[ports.queries][0], []
-    for keys in _floats(cache[ports.key][0, :, :count], ports.dtype):
+    for keys in to_floats(cache[ports.key][0, :, :count], ports.dtype):
         tree = cluster_tree(keys, cluster_tokens)
-        rounded = [_floats(_stored(one, ports.dtype), ports.dtype) for one in (tree.centroids, tree.parents)]
+        rounded = [to_floats(to_stored(one, ports.dtype), ports.dtype) for one in (tree.centroids, tree.parents)]
         trees.append(replace(tree, centroids=rounded[0], parents=rounded[1]))
     return _Layer(ports, trees, queries.reshape(len(trees), -1, *queries.shape[1:]))
 
@@ -241,7 +214,7 @@ def _stacked(layer: _Layer) -> list[np.ndarray]:
         for name in ("centroids", "ends", "radii", "parents", "parent_ends", "parent_radii")
     }
     vectors = ("centroids", "parents")
-    return [_stored(array, dtype) if name in vectors else array for name, array in stacked.items()]
+    return [to_stored(array, dtype) if name in vectors else array for name, array in stacked.items()]
 
 
 def _weights(layer: _Layer, head: int, surviving: np.ndarray | None) -> np.ndarray:
@@ -273,18 +246,3 @@ def _threshold(weights: Sequence[np.ndarray], counts: Sequence[np.ndarray], keep
     before = np.cumsum(np.concatenate([one.ravel() for one in counts])[order], dtype=np.float64)
     place = np.searchsorted(before, keep * before[-1], side="right")
     return float(values[order[min(place, len(order) - 1)]]) if keep < 1 else -1.0
-
-
-def _floats(array: np.ndarray, dtype: str) -> np.ndarray:
-    """Float32 of what a cache of an element type holds; bfloat16 is carried as integers."""
-    if dtype == "bfloat16":
-        return (array.astype(np.uint32) << 16).view(np.float32)
-    return array.astype(np.float32)
-
-
-def _stored(array: np.ndarray, dtype: str) -> np.ndarray:
-    """Float32 as a cache of an element type holds it: to nearest, halves to even."""
-    if dtype == "bfloat16":
-        bits = np.ascontiguousarray(array).view(np.uint32)
-        return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
-    return array.astype(dtype)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 import onnxruntime as ort
 
 from effc.errors import EngineError, UsageError
 from effc.runtime.bundle import CacheLayout, CachePort, Port
-from effc.runtime.clusters import check_clusters, cluster_ports, empty_clusters
+from effc.runtime.prefix_inputs import check_inputs, empty_inputs, prefix_ports, tokens_elsewhere
 from effc.runtime.tensors import storage_dtype, to_numpy, to_ort
 
 BLOCK = 64
@@ -61,9 +62,14 @@ class Cache(ABC):
 
     def _first(self, port: CachePort, length: int) -> np.ndarray:
         """What a cache that has seen no run begins with; a single row is used where it lies, for reading only."""
+        shape = port_shape(port, self.batch, length)
         if port.input not in self.initial:
             return self._zeros(port, 0)
-        return np.ascontiguousarray(np.broadcast_to(self.initial[port.input], port_shape(port, self.batch, length)))
+        if self.initial[port.input].shape[1:] == shape[1:]:
+            return np.ascontiguousarray(np.broadcast_to(self.initial[port.input], shape))
+        array = self._zeros(port, length)
+        _put_last(port, array, length, self.initial[port.input])
+        return array
 
 
 class InPlaceCache(Cache):
@@ -98,10 +104,11 @@ class InPlaceCache(Cache):
                 grown.append(self.values[index])
                 continue
             array = self._zeros(port, self.capacity)
-            old = to_numpy(self.values[index], port.dtype) if self.values else self.initial.get(port.input)
-            if old is not None and length:
+            if self.values and length:
                 kept = _kept(port, length)
-                array[kept] = old[kept]
+                array[kept] = to_numpy(self.values[index], port.dtype)[kept]
+            elif port.input in self.initial:
+                _put_last(port, array, length, self.initial[port.input])
             grown.append(to_ort(array, port.dtype, self.device))
         self.initial = {}
         return grown
@@ -162,7 +169,7 @@ class KvState:
         self._selects_logits = any(value.name == NUM_LOGITS for value in session.get_overridable_initializers())
         self._binding = session.io_binding()
         self._cache = _make_cache(layout, batch, device, max_length)
-        self._feed_clusters(empty_clusters(layout))
+        self._feed_prefix(empty_inputs(layout))
 
     @property
     def buffers(self) -> dict[str, ort.OrtValue]:
@@ -179,19 +186,19 @@ class KvState:
         return {port.input: arrays[port.input][_kept(port, self.length)].copy() for port in self._layout.ports}
 
     def restore(
-        self, tensors: Mapping[str, np.ndarray], length: int, clusters: Mapping[str, np.ndarray] | None = None
+        self, tensors: Mapping[str, np.ndarray], length: int, inputs: Mapping[str, np.ndarray] | None = None
     ) -> None:
         """Start from the cache of one row, which every row of the batch gets. The arrays are not written to.
 
         Args:
             tensors: What `snapshot` gave of a state with one row.
             length: Tokens it holds, none of them padding.
-            clusters: Clusters of those tokens, as `effc.runtime.clusters.cluster_cache` makes them; None: there are
-                none.
+            inputs: What a prefix of those tokens brings beside its cache; None: nothing. Tensors hold the last tokens
+                only where inputs stand for the first ones.
 
         Raises:
             UsageError: They are more than `max_length`, or this state holds tokens already.
-            EngineError: The tensors, or the clusters, are not those of this engine at this length.
+            EngineError: The tensors, or the inputs, are not those of this engine at this length.
         """
         if self.length:
             raise UsageError(f"the cache holds {self.length} tokens already. Restore into a new state.")
@@ -199,10 +206,10 @@ class KvState:
             raise UsageError(
                 f"the cache holds at most {self.max_length} tokens, {length} were given. Raise max_length."
             )
-        check_snapshot(self._layout, tensors, length)
-        if clusters is not None:
-            check_clusters(self._layout, clusters)
-            self._feed_clusters(clusters)
+        check_snapshot(self._layout, tensors, length, inputs or {})
+        if inputs is not None:
+            check_inputs(self._layout, inputs)
+            self._feed_prefix(inputs)
         self._cache.initial = dict(tensors)
         self.length = length
 
@@ -263,9 +270,9 @@ class KvState:
         self.length = total
         return {name: results[name].numpy() for name in outputs}
 
-    def _feed_clusters(self, clusters: Mapping[str, np.ndarray]) -> None:
-        for port in cluster_ports(self._layout):
-            array = np.ascontiguousarray(clusters[port.name])
+    def _feed_prefix(self, inputs: Mapping[str, np.ndarray]) -> None:
+        for port in prefix_ports(self._layout):
+            array = np.ascontiguousarray(inputs[port.name])
             self._binding.bind_ortvalue_input(port.name, to_ort(array, port.dtype))
 
     def _bind(self, feeds: Mapping[str, np.ndarray], outputs: Sequence[str], total: int) -> None:
@@ -309,8 +316,19 @@ def cache_bytes(layout: CacheLayout, length: int, batch: int = 1) -> dict[str, i
     }
 
 
-def check_snapshot(layout: CacheLayout, tensors: Mapping[str, np.ndarray], length: int) -> None:
+def check_snapshot(
+    layout: CacheLayout,
+    tensors: Mapping[str, np.ndarray],
+    length: int,
+    inputs: Mapping[str, np.ndarray] = MappingProxyType({}),
+) -> None:
     """Compare tensors with what the cache of one row holds after a number of tokens.
+
+    Args:
+        layout: Of the engine.
+        tensors: Cache input name -> tensor.
+        length: Tokens, those that inputs stand for included.
+        inputs: What a prefix brings beside its cache.
 
     Raises:
         EngineError: A tensor is missing, unknown, or has another dtype or shape.
@@ -318,8 +336,9 @@ def check_snapshot(layout: CacheLayout, tensors: Mapping[str, np.ndarray], lengt
     names = {port.input for port in layout.ports}
     if difference := ", ".join(sorted(names ^ set(tensors))):
         raise EngineError(f"the saved cache and that of the engine differ in {difference}. Compute it again.")
+    elsewhere = tokens_elsewhere(layout, inputs)
     for port in layout.ports:
-        array, shape = tensors[port.input], port_shape(port, 1, length)
+        array, shape = tensors[port.input], port_shape(port, 1, length - elsewhere.get(port.input, 0))
         if array.dtype != storage_dtype(port.dtype) or array.shape != shape:
             raise EngineError(
                 f"the saved cache tensor {port.input!r} is {array.dtype}{list(array.shape)}, the engine has "
@@ -351,6 +370,16 @@ def _kept(port: CachePort, length: int) -> tuple[slice, ...]:
     """Index of what `length` tokens need of a tensor."""
     axis = _growing_axis(port)
     return () if axis is None else (slice(None),) * axis + (slice(_axis_size(port, axis, 1, length)),)
+
+
+def _put_last(port: CachePort, array: np.ndarray, length: int, held: np.ndarray) -> None:
+    """Write into every row what one row holds of the last of `length` tokens; memory of those before is not touched."""
+    axis = _growing_axis(port)
+    if axis is None:
+        array[:] = held
+        return
+    end = _axis_size(port, axis, 1, length)
+    array[(slice(None),) * axis + (slice(end - held.shape[axis], end),)] = held
 
 
 def next_capacity(needed: int, current: int, limit: int | None) -> int:

@@ -15,14 +15,15 @@ from effc.errors import EngineError, UsageError
 from effc.runtime import limits
 from effc.runtime.batch import Batch, check_task, prompt_chunk, takes_scores
 from effc.runtime.bundle import numbers_hash
-from effc.runtime.clusters import check_clusters, cluster_cache, cluster_ports
+from effc.runtime.clusters import cluster_cache
 from effc.runtime.kv_state import check_snapshot
+from effc.runtime.low_rank import low_rank_cache
 from effc.runtime.new_folder import new_folder, write_synced
 from effc.runtime.prefix_folder import (
     AGAIN,
     CACHE,
-    CLUSTERS,
     DATA,
+    INPUTS,
     MANIFEST,
     TOKEN_IDS,
     TOKENS,
@@ -31,6 +32,7 @@ from effc.runtime.prefix_folder import (
     read_prefix_manifest,
     write_tensors,
 )
+from effc.runtime.prefix_inputs import check_inputs, empty_inputs, prefix_ports
 
 if TYPE_CHECKING:
     from effc.runtime.session import Engine
@@ -49,14 +51,14 @@ class Prefix:
         manifest: Its manifest.
         token_ids: Ids of the prefix.
         tensors: Cache input name -> tensor of one row. Mapped; what is written to one never reaches the file.
-        clusters: Input name -> clusters of its keys; empty for an engine that reads none.
+        inputs: Input name -> what else the engine takes of a prefix, mapped too.
     """
 
     folder: Path
     manifest: PrefixManifest
     token_ids: list[int]
     tensors: Mapping[str, np.ndarray]
-    clusters: Mapping[str, np.ndarray]
+    inputs: Mapping[str, np.ndarray]
 
     @property
     def length(self) -> int:
@@ -110,6 +112,8 @@ def write_prefix(
     chat: bool = False,
     keep: float | None = None,
     cluster_tokens: int | None = None,
+    rank: int | None = None,
+    outliers: int | None = None,
     prefill_chunk: int | None = None,
 ) -> dict[str, Any]:
     """Read the beginning of a prompt and write its cache to a folder.
@@ -124,6 +128,9 @@ def write_prefix(
             a prefix; None: a quarter.
         cluster_tokens: Keys of a cluster there, the mean; None: 5. With more, fewer centroids are compared, and the
             keys that matter are found less surely.
+        rank: Columns of the matrices whose product replaces the keys, where the engine reads a prefix of low rank;
+            None: 5 of 32 elements of a token's keys, and at least 64.
+        outliers: Chunks of every key head that keep their keys there; None: one in 64, at most 48.
         prefill_chunk: Tokens read in one run; None as `generate` does.
 
     Returns:
@@ -132,8 +139,8 @@ def write_prefix(
 
     Raises:
         UsageError: The prefix is empty or leaves no room for a prompt, the task does not generate, the chat
-            template takes no system message, `keep` or `cluster_tokens` is out of range or the engine reads no
-            clusters, or the cache keeps tokens by their surprise.
+            template takes no system message, an option is out of range or of another engine, or the cache keeps
+            tokens by their surprise.
         EngineError: The engine has no cache, or no tokenizer where one is needed, or fails while running.
         OutputError: The folder cannot be written.
     """
@@ -147,16 +154,19 @@ def write_prefix(
         )
     if prefill_chunk is not None and prefill_chunk < 1:
         raise UsageError(f"prefill_chunk is {prefill_chunk}; give at least 1, or leave it out.")
-    options = _cluster_options(engine, keep, cluster_tokens)
+    clustering = _cluster_options(engine, keep, cluster_tokens)
+    reducing = _low_rank_options(engine, rank, outliers)
     ids = _prefix_ids(engine, prefix, chat)
     with new_folder(Path(output), MANIFEST, "a prefix") as folder:
         batch = Batch(engine, [ids], 1)
         batch.prefill(prefill_chunk or prompt_chunk(engine, 1, len(ids)))
         cache = batch.state.snapshot()
         tensors = [(TOKEN_IDS, TOKENS, "int64", np.array(ids, np.int64))]
-        clusters = cluster_cache(layout, cache, len(ids), **options)
+        inputs = empty_inputs(layout)
+        inputs |= cluster_cache(layout, cache, len(ids), **clustering)
+        inputs |= low_rank_cache(layout, engine.folder, cache, len(ids), **reducing)
         tensors += [(port.input, CACHE, port.dtype, cache[port.input]) for port in layout.ports]
-        tensors += [(port.name, CLUSTERS, port.dtype, clusters[port.name]) for port in cluster_ports(layout)]
+        tensors += [(port.name, INPUTS, port.dtype, inputs[port.name]) for port in prefix_ports(layout)]
         stored = write_tensors(folder / DATA, tensors)
         manifest = PrefixManifest(
             effc_version=__version__,
@@ -198,18 +208,18 @@ def open_prefix(engine: Engine, folder: str | Path, *, check: bool = True) -> Pr
     manifest = read_prefix_manifest(folder)
     _check_engine(engine, folder, manifest)
     stored = map_tensors(folder, manifest, check=check)
-    tensors, clusters = (
-        {name: array for (role, name), array in stored.items() if role == wanted} for wanted in (CACHE, CLUSTERS)
+    tensors, inputs = (
+        {name: array for (role, name), array in stored.items() if role == wanted} for wanted in (CACHE, INPUTS)
     )
     try:
-        check_snapshot(layout, tensors, manifest.tokens)
-        check_clusters(layout, clusters)
+        check_inputs(layout, inputs)
+        check_snapshot(layout, tensors, manifest.tokens, inputs)
         ids = limits.checked_ids(engine.manifest.config, "its tokens", stored[TOKENS, TOKEN_IDS])
     except EngineError as error:
         raise EngineError(f"{folder}: {error}") from error
     except UsageError as error:
         raise EngineError(f"{folder}: {error} {AGAIN}") from error
-    return Prefix(folder, manifest, ids, tensors, clusters)
+    return Prefix(folder, manifest, ids, tensors, inputs)
 
 
 def start_from(engine: Engine, prefix: str | Path | Prefix, *, chat: bool) -> Prefix:
@@ -246,6 +256,21 @@ def _cluster_options(engine: Engine, keep: float | None, cluster_tokens: int | N
         raise UsageError(f"keep is {keep}; give a share above 0 and at most 1.")
     if cluster_tokens is not None and cluster_tokens < 1:
         raise UsageError(f"cluster_tokens is {cluster_tokens}; give at least 1.")
+    return given
+
+
+def _low_rank_options(engine: Engine, rank: int | None, outliers: int | None) -> dict[str, Any]:
+    """Those of `low_rank_cache` that were given."""
+    options = {"rank": rank, "outliers": outliers}
+    given = {name: value for name, value in options.items() if value is not None}
+    if given and not engine.cache_layout().low_rank:
+        raise UsageError(
+            f"{engine.folder}: reads the keys of a prefix as they are. "
+            f"Leave {' and '.join(given)} out, or build the engine with sparse-attention{{scheme=lowrank}}."
+        )
+    for name, least in (("rank", 1), ("outliers", 0)):
+        if given.get(name, least) < least:
+            raise UsageError(f"{name} is {given[name]}; give at least {least}.")
     return given
 
 

@@ -29,10 +29,10 @@ DATA = "prefix.bin"
 ALIGNMENT = 64
 AGAIN = "Compute the prefix again with `effc prefix`."
 
-CACHE, TOKENS, CLUSTERS = "cache", "tokens", "clusters"
+CACHE, TOKENS, INPUTS = "cache", "tokens", "inputs"
 """Roles of tensors: state of the cache, named as the engine's cache inputs; the ids of the prefix, int64 [tokens];
-clusters of its keys, named as the engine's inputs for them."""
-KNOWN = (CACHE, TOKENS, CLUSTERS)
+what else the engine takes of a prefix, named as its inputs."""
+KNOWN = (CACHE, TOKENS, INPUTS)
 TOKEN_IDS = "token_ids"
 
 
@@ -42,7 +42,7 @@ class StoredTensor:
 
     Attributes:
         name: Its name, unique within its role.
-        role: What it is for, `cache`, `tokens` or `clusters`. A reader leaves roles alone that it does not know.
+        role: What it is for, `cache`, `tokens` or `inputs`. A reader leaves roles alone that it does not know.
         dtype: Numpy dtype name, or `bfloat16`, `float8_e4m3fn`, `float8_e5m2`; little-endian.
         shape: Its sizes; the batch of a cache tensor is 1.
         offset: Where it begins in the file, a multiple of 64.

@@ -11,8 +11,8 @@ import onnxruntime as ort
 
 from effc.errors import EngineError
 from effc.runtime.bundle import CachePort, Manifest, Port
-from effc.runtime.clusters import cluster_ports, no_clusters
 from effc.runtime.kv_state import port_shape
+from effc.runtime.prefix_inputs import empty_input, prefix_ports
 from effc.runtime.tensors import storage_dtype, to_ort
 
 if TYPE_CHECKING:
@@ -72,9 +72,9 @@ class PromptFilter:
         self._inputs: list[Port] = [port for port in manifest.inputs if port.name in names & {*TOKEN_INPUTS}]
         cache = manifest.cache.ports if manifest.cache is not None else []
         self._cache: list[CachePort] = [port for port in cache if port.input in names]
-        clusters = cluster_ports(manifest.cache) if manifest.cache is not None else []
-        self._clusters: list[Port] = [port for port in clusters if port.name in names]
-        known = {port.name for port in (*self._inputs, *self._clusters)} | {port.input for port in self._cache}
+        ports = prefix_ports(manifest.cache) if manifest.cache is not None else []
+        self._prefix_inputs: list[Port] = [port for port in ports if port.name in names]
+        known = {port.name for port in (*self._inputs, *self._prefix_inputs)} | {port.input for port in self._cache}
         if names != known or [value.name for value in session.get_outputs()] != [SCORES]:
             raise EngineError(
                 f"{folder / self.entry.model}: is not the filter of this engine, its inputs or outputs are others. "
@@ -117,8 +117,8 @@ class PromptFilter:
         feeds = {port.name: to_ort(tokens[port.name].astype(port.dtype), port.dtype) for port in self._inputs}
         for port in self._cache:
             feeds[port.input] = to_ort(_past(port, prefix), port.dtype)
-        for empty in self._clusters:  # several tokens read everything
-            feeds[empty.name] = to_ort(no_clusters(empty), empty.dtype)
+        for empty in self._prefix_inputs:  # several tokens read everything
+            feeds[empty.name] = to_ort(empty_input(empty), empty.dtype)
         try:
             (result,) = self._session.run_with_ort_values([SCORES], feeds, self._options)
         except Exception as error:  # onnxruntime's errors have no common base of their own

@@ -15,13 +15,13 @@ import onnxruntime as ort
 from effc.errors import EngineError, MissingDependencyError, UsageError
 from effc.runtime.assets import Assets
 from effc.runtime.bundle import CacheLayout, CachePort, Manifest, Port, check_files, read_manifest
-from effc.runtime.clusters import cluster_ports, empty_clusters
 from effc.runtime.continuation import Generation
 from effc.runtime.dialogue import Dialogue
 from effc.runtime.embed import embed
 from effc.runtime.generate import generate
 from effc.runtime.kv_state import NUM_LOGITS, KvState, port_shape
 from effc.runtime.prefix import Prefix, open_prefix, start_from, write_prefix
+from effc.runtime.prefix_inputs import empty_inputs, prefix_ports
 from effc.runtime.prompt_filter import PromptFilter
 from effc.runtime.shared_weights import SharedWeights
 from effc.runtime.tensors import check_feeds, storage_dtype, to_numpy, to_ort
@@ -159,7 +159,7 @@ def _prompt_filter(
 def _check_interface(path: Path, manifest: Manifest, session: ort.InferenceSession) -> None:
     cache = manifest.cache.ports if manifest.cache else []
     inputs = {port.name for port in manifest.inputs} | {port.input for port in cache}
-    inputs |= {port.name for port in cluster_ports(manifest.cache)} if manifest.cache else set()
+    inputs |= {port.name for port in prefix_ports(manifest.cache)} if manifest.cache else set()
     outputs = {port.name for port in manifest.outputs} | {port.output for port in cache}
     for kind, listed, actual in (
         ("inputs", inputs, session.get_inputs()),
@@ -232,7 +232,7 @@ class Engine:
             feeds: Input name -> array, exactly as the manifest describes. The inputs of the cache may all be left
                 out: the run then starts from an empty cache. Fed, their length is `total - seq`; an in-place
                 cache may be longer. Element types numpy lacks are fed as unsigned integers of their size or as
-                ml_dtypes arrays. Clusters of a prefix are always empty here.
+                ml_dtypes arrays. What only a prefix brings is always empty here.
 
         Returns:
             Output name -> array. The cache's outputs are among them when its inputs were fed.
@@ -252,7 +252,7 @@ class Engine:
         if not fed:
             values.update(_empty_cache(cache, symbols))
         if self.manifest.cache:
-            values.update(_no_clusters(self.manifest.cache))
+            values.update(_no_prefix(self.manifest.cache))
         wanted = {port.name: port.dtype for port in self.manifest.outputs}
         wanted.update({port.output: port.dtype for port in fed})
         try:
@@ -380,11 +380,21 @@ class Engine:
         chat: bool = False,
         keep: float | None = None,
         cluster_tokens: int | None = None,
+        rank: int | None = None,
+        outliers: int | None = None,
         prefill_chunk: int | None = None,
     ) -> dict[str, Any]:
         """Compute the beginning of prompts once; see `effc.runtime.prefix.write_prefix`."""
         return write_prefix(
-            self, prefix, output, chat=chat, keep=keep, cluster_tokens=cluster_tokens, prefill_chunk=prefill_chunk
+            self,
+            prefix,
+            output,
+            chat=chat,
+            keep=keep,
+            cluster_tokens=cluster_tokens,
+            rank=rank,
+            outliers=outliers,
+            prefill_chunk=prefill_chunk,
         )
 
     def open_prefix(self, folder: str | Path, *, check: bool = True) -> Prefix:
@@ -429,9 +439,9 @@ def _check_lengths(mode: str, symbols: Mapping[str, int], fed: bool) -> None:
             )
 
 
-def _no_clusters(layout: CacheLayout) -> dict[str, ort.OrtValue]:
-    empty = empty_clusters(layout)
-    return {port.name: to_ort(empty[port.name], port.dtype) for port in cluster_ports(layout)}
+def _no_prefix(layout: CacheLayout) -> dict[str, ort.OrtValue]:
+    empty = empty_inputs(layout)
+    return {port.name: to_ort(empty[port.name], port.dtype) for port in prefix_ports(layout)}
 
 
 def _empty_cache(cache: Sequence[CachePort], symbols: Mapping[str, int]) -> dict[str, ort.OrtValue]:

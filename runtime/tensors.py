@@ -51,6 +51,21 @@ def to_numpy(value: ort.OrtValue, dtype: str) -> np.ndarray:
     return np.frombuffer(buffer, carrier).reshape(value.shape()).copy()
 
 
+def to_floats(array: np.ndarray, dtype: str) -> np.ndarray:
+    """Float32 of what a tensor of an element type holds; bfloat16 is carried as integers."""
+    if dtype == "bfloat16":
+        return (array.astype(np.uint32) << 16).view(np.float32)
+    return array.astype(np.float32)
+
+
+def to_stored(array: np.ndarray, dtype: str) -> np.ndarray:
+    """Float32 as a tensor of an element type holds it: to nearest, halves to even."""
+    if dtype == "bfloat16":
+        bits = np.ascontiguousarray(array).view(np.uint32)
+        return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+    return array.astype(dtype)
+
+
 def check_feeds(ports: Sequence[Port], feeds: Mapping[str, np.ndarray]) -> dict[str, int]:
     """Check names, dtypes, ranks and sizes of arrays against the inputs they are meant for.
 

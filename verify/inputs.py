@@ -21,7 +21,7 @@ from effc.runtime.surprise import TOKEN_SCORES
 OTHER_SIZE = 5
 """Size of a symbolic axis with no known meaning: odd, and no other size in use."""
 
-PREFIX = {"clusters": 0, "parents": 0}
+PREFIX = dict.fromkeys(("clusters", "parents", "prefix", "rank", "chunks", "outliers"), 0)
 """Sizes of what only a prefix brings: there is none."""
 
 LONGEST_RING = 1024

@@ -16,7 +16,7 @@ from effc.backends.base import Backend, Progress
 from effc.backends.engine_folder import write_assets
 from effc.backends.lowering import STEPS
 from effc.backends.onnxruntime.external_weights import write_external_weights
-from effc.backends.onnxruntime.interface import cache_layout, ports
+from effc.backends.onnxruntime.interface import angle_tables, cache_layout, ports
 from effc.backends.onnxruntime.last_logits import add_num_logits
 from effc.backends.onnxruntime.portable_weights import use_portable_layouts
 from effc.backends.onnxruntime.prompt_filter import MODEL as FILTER_MODEL
@@ -79,7 +79,7 @@ class OnnxRuntimeCpu(Backend):
         native = any(is_dialect_node(node) for node in graph.all_nodes())
         memory = weight_memory(program)
         models = {MODEL: program.model, **({FILTER_MODEL: prompt_filter} if prompt_filter is not None else {})}
-        shared = coded_weights(prompt_filter.graph) if prompt_filter is not None else ()
+        shared = [*(coded_weights(prompt_filter.graph) if prompt_filter is not None else ()), *angle_tables(program)]
         always = [value.const_value for value in shared if value.const_value is not None]
         stored = write_external_weights([model.graph for model in models.values()], folder, progress, always=always)
         for name, model in models.items():

@@ -14,17 +14,16 @@ from effc.ir.analysis.cached_attention import (
     is_cached_attention,
 )
 from effc.ir.dialect.cached_attention import constant_values
-from effc.ir.dialect.selections import ClusterSelection, WindowSelection
+from effc.ir.dialect.selections import ClusterSelection, LowRankSelection, WindowSelection
 from effc.ir.program import Program
-from effc.runtime.bundle import CacheLayout, CachePort, ClusterPorts, Port
+from effc.runtime.bundle import CacheLayout, CachePort, ClusterPorts, LowRankPorts, Port, SharedWeight
 
 
 def ports(program: Program, values: Iterable[ir.Value]) -> list[Port]:
-    """Inputs or outputs that are neither cache nor clusters of a prefix."""
+    """Inputs or outputs that are neither cache nor brought by a prefix."""
     cached = {value for pair in program.cache_pairs() for value in pair}
     for site in cached_attention_sites(program.graph):
-        if isinstance(site.selection, ClusterSelection):
-            cached.update(constant_values(site.node))
+        cached.update(_prefix_values(site))
     return [Port(str(value.name), _dtype(value), _shape(value)) for value in values if value not in cached]
 
 
@@ -43,6 +42,7 @@ def cache_layout(program: Program) -> CacheLayout | None:
         [cache_figures(site) for site in sites],
         endless=bool(sites) and _is_endless(sites),
         clusters=[_cluster_ports(site) for site in sites if isinstance(site.selection, ClusterSelection)],
+        low_rank=[_low_rank_ports(site) for site in sites if isinstance(site.selection, LowRankSelection)],
         longest_step=min((one for site in sites if (one := site.selection.longest_step)), default=None),
     )
 
@@ -56,8 +56,51 @@ def _cluster_ports(site: CachedAttentionSite) -> ClusterPorts:
         dtype=_dtype(key),
         scale=site.form.scale,
         softcap=site.form.softcap,
-        inputs=[Port(str(one.name), _dtype(one), _shape(one)) for one in constant_values(site.node)],
+        inputs=_prefix_ports(site),
     )
+
+
+def _low_rank_ports(site: CachedAttentionSite) -> LowRankPorts:
+    selection = site.selection
+    assert isinstance(selection, LowRankSelection)
+    key, value = site.past
+    return LowRankPorts(
+        key=str(key.name),
+        value=str(value.name),
+        dtype=_dtype(key),
+        chunk=selection.block,
+        rotary=site.form.rotary,
+        angles=[weight_entry(table) for table in _tables(site)],
+        inputs=_prefix_ports(site),
+    )
+
+
+def angle_tables(program: Program) -> list[ir.Value]:
+    """Cosines and sines that the runtime reads in the weight file, to undo a rotation."""
+    sites = cached_attention_sites(program.graph)
+    return [table for site in sites if isinstance(site.selection, LowRankSelection) for table in _tables(site)]
+
+
+def _tables(site: CachedAttentionSite) -> list[ir.Value]:
+    return constant_values(site.node)[: -len(site.selection.prefix)]
+
+
+def weight_entry(value: ir.Value) -> SharedWeight:
+    """Where an initializer lies that was written to a weight file."""
+    tensor = value.const_value
+    assert isinstance(tensor, ir.ExternalTensor) and tensor.offset is not None
+    shape = list(tensor.shape.numpy())
+    return SharedWeight(str(value.name), tensor.dtype.numpy().name, shape, tensor.offset, str(tensor.location))
+
+
+def _prefix_values(site: CachedAttentionSite) -> list[ir.Value]:
+    """Inputs of the graph that a prefix brings to one attention."""
+    count = len(site.selection.prefix)
+    return constant_values(site.node)[-count:] if count else []
+
+
+def _prefix_ports(site: CachedAttentionSite) -> list[Port]:
+    return [Port(str(one.name), _dtype(one), _shape(one)) for one in _prefix_values(site)]
 
 
 def _is_endless(sites: Sequence[CachedAttentionSite]) -> bool:

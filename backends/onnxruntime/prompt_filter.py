@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 
 import onnx_ir as ir
 
+from effc.backends.onnxruntime.interface import weight_entry
 from effc.ir.dialect.stored_weight import reads_stored_weight
 from effc.ir.program import Program
 from effc.ir.prompt_filter import SCORES
@@ -58,7 +59,4 @@ def _shared(values: Iterable[ir.Value]) -> Iterator[SharedWeight]:
         assert tensor is not None
         if not tensor.nbytes:
             continue
-        assert isinstance(tensor, ir.ExternalTensor) and tensor.offset is not None
-        yield SharedWeight(
-            str(value.name), tensor.dtype.numpy().name, list(tensor.shape.numpy()), tensor.offset, str(tensor.location)
-        )
+        yield weight_entry(value)

@@ -138,7 +138,8 @@ def runner(
     binding = session.io_binding()
     alive = []
     for name, array in feeds.items():
-        binding.bind_cpu_input(name, array)
+        alive.append(ortvalue(array))
+        binding.bind_ortvalue_input(name, alive[-1])
     for name, array in caches.items():
         alive.append(ortvalue(array))
         binding.bind_ortvalue_input(f"past_{name}", alive[-1])
@@ -230,8 +231,12 @@ def cached_node_runner(
     count: int,
     threads: int,
     constants: dict[str, np.ndarray] | None = None,
+    angles: dict[str, np.ndarray] | None = None,
 ) -> Callable[[], float]:
-    """Runs so many nodes with their caches, whose names end in the number of the node, and inputs behind the cache."""
+    """Runs so many nodes with their caches, whose names end in the number of the node, and inputs behind the cache.
+
+    With rotary, `angles` are `cos` and `sin` of the new tokens.
+    """
     types = {dtype: type_ for type_, dtype in DTYPES.items()}
     types |= {np.dtype(np.uint8): TensorProto.UINT8, np.dtype(np.int32): TensorProto.INT32}
     nodes, inputs, outputs = [], [], []
@@ -244,18 +249,19 @@ def cached_node_runner(
     for i in range(count):
         own = [name for name in caches if name[1:] == str(i)]
         behind = [f"{name}{i}" for name in constants or {}]
-        names = ["query", "key", "value", "valid", "", "", "", *(f"past_{name}" for name in own), *behind]
+        rotation = [*(angles or ("", ""))]
+        names = ["query", "key", "value", "valid", "", *rotation, *(f"past_{name}" for name in own), *behind]
         results = [f"y{i}", *(f"present_{name}" for name in own)]
         nodes.append(helper.make_node("CachedAttention", names, results, domain="effc", **attributes))
         outputs.append(value(f"y{i}", TensorProto.FLOAT, [1, case.seq, case.heads * SIZE]))
-    feeds = new_tokens(case)
+    feeds = new_tokens(case) | (angles or {})
     inputs += [value(name, TensorProto.FLOAT, array.shape) for name, array in feeds.items()]
     feeds["valid"] = np.ones((1, case.total), bool)
     inputs.append(value("valid", TensorProto.BOOL, [1, case.total]))
     for i in range(count):
         for name, array in (constants or {}).items():
             feeds[f"{name}{i}"] = array.copy()
-            inputs.append(value(f"{name}{i}", helper.np_dtype_to_tensor_dtype(array.dtype), array.shape))
+            inputs.append(value(f"{name}{i}", types[array.dtype], array.shape))
     return runner(open_session(nodes, inputs, outputs, threads), feeds, caches)
 
 

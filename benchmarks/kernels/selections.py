@@ -1,14 +1,16 @@
 """Speed of decoding steps that read a part of the cache, beside steps that read all of it.
 
 Run: `python benchmarks/kernels/selections.py [--threads 2] [--rounds 9] [--heads 32/8] [--tokens 32768] [--budget 2048]
-[--storages fp32 bf16 int8 int4] [--selections pages topk clusters evict stride window]`
+[--storages fp32 bf16 int8 int4]
+[--selections pages topk clusters lowrank evict stride window]`
 
 One new token over a full cache, in equal nodes that together overflow the caches of the processor. The variants take
 turns in one process. Bytes are those that a step needs: with `pages` bounds of all blocks, keys and values of those
 that are read; with `topk` all keys, and values of those that are read; with `clusters` (of synthetic keys that lie in
 clusters of 5, 10 or 20) centroids of all parents, those of the clusters whose parents pass, keys and values of those
-that are read; with `evict` all that is kept, and its time is the mean of
-as many steps as lie between two times that the cache is full; the window is as long as the budget.
+that are read; with `lowrank` (rank 160, chunks of 8, keys rotated) landmarks, coefficients and values of the tokens
+that are read, and the bases; with `evict` all that is kept, and its time is the mean of as many
+steps as lie between two times that the cache is full; the window is as long as the budget.
 """
 
 from __future__ import annotations
@@ -28,18 +30,17 @@ from cached_attention import (
     Variant,
     cached_node_runner,
     dense_caches,
-    new_tokens,
     paged_caches,
 )
-from clustered_keys import OBSERVED, clustered_keys, thresholds, tokens_read
+from prefix_nodes import CLUSTER_TOKENS, clustered, low_rank
 
 from effc import kernels
 from effc.ir.dialect.selections import StrideSelection
 
 NODES = 4
-SELECTIONS = ("pages", "topk", "clusters", "evict", "stride", "window")
+SELECTIONS = ("pages", "topk", "clusters", "lowrank", "evict", "stride", "window")
+OF_A_PREFIX = ("clusters", "lowrank")
 SINKS, RECENT, BLOCK = 4, 32, 16
-CLUSTER_TOKENS = (5, 10, 20)  # the default of a prefix first
 DROPPED = 128  # tokens that a full cache drops
 
 
@@ -164,30 +165,11 @@ def bytes_needed(case: Case, variant: Variant, caches: dict[str, np.ndarray], bu
     return exact + parameters + share * caches["p0"].nbytes
 
 
-def clustered(
-    case: Case, variant: Variant, budget: int, threads: int, cluster_tokens: int
-) -> tuple[Callable[[], float], float]:
-    """Steps that read clusters of a prefix, and the bytes that one node needs."""
-    queries = new_tokens(case)["query"].reshape(case.kv_heads, -1, SIZE)
-    keys, clusters = clustered_keys(case.kv_heads, case.total, SIZE, cluster_tokens)
-    limits = thresholds(clusters, queries, SIZE**-0.5, budget / (case.total - OBSERVED))
-    tokens, centroids = tokens_read(clusters, limits, queries, SIZE**-0.5)
-    caches = {"k0": keys.astype(DTYPES[variant.type]), "v0": first_node(dense_caches(case, DTYPES[variant.type]))["v0"]}
-    caches["q0"] = np.zeros((1, case.heads, OBSERVED, SIZE), np.float32)
-    every = {f"{key[:-1]}{i}": array for i in range(NODES) for key, array in caches.items()}
-    selection = {"selection": "clusters", "select_recent": OBSERVED}
-    variant = replace(variant, attributes=variant.attributes | selection)
-    constants = clusters | {"thresholds": limits}
-    read = (tokens + case.kv_heads * (OBSERVED + 1)) * 2 * SIZE * keys.astype(DTYPES[variant.type]).itemsize
-    needed = read + 4 * SIZE * (centroids + clusters["parents"].size // SIZE)
-    return cached_node_runner(case, variant, every, NODES, threads, constants), needed
-
-
 def measure(case: Case, storages: list[str], selections: list[str], budget: int, threads: int, rounds: int) -> None:
     """Print one table."""
     variants: dict[str, Variant] = {}
     for name in storages:
-        variants |= variants_of(name, [one for one in selections if one != "clusters"], budget)
+        variants |= variants_of(name, [one for one in selections if one not in OF_A_PREFIX], budget)
     runners: dict[str, Callable[[], float]] = {}
     needed = {}
     for name, variant in variants.items():
@@ -198,11 +180,14 @@ def measure(case: Case, storages: list[str], selections: list[str], budget: int,
         run = cached_node_runner(case, variant, every, NODES, threads)
         runners[name] = mean_of(run, DROPPED) if evicts else run
     for name in storages:
-        dense = "page" not in STORAGES[name].attributes
-        for tokens in CLUSTER_TOKENS if "clusters" in selections and dense else ():
+        if "page" in STORAGES[name].attributes:
+            continue
+        for tokens in CLUSTER_TOKENS if "clusters" in selections else ():
             one = f"{name}, of {tokens}"
-            runners[one], nbytes = clustered(case, STORAGES[name], budget, threads, tokens)
-            needed[one] = NODES * nbytes
+            runners[one], needed[one] = clustered(case, STORAGES[name], budget, threads, NODES, tokens)
+        if "lowrank" in selections:
+            one = f"{name}, lowrank"
+            runners[one], needed[one] = low_rank(case, STORAGES[name], budget, threads, NODES)
     times: dict[str, list[float]] = {name: [] for name in runners}
     reads = []
     for _ in range(rounds):

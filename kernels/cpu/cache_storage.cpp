@@ -6,6 +6,7 @@
 #include "cpu/cluster_cache.h"
 #include "cpu/dense_cache.h"
 #include "cpu/evict_cache.h"
+#include "cpu/low_rank_cache.h"
 #include "cpu/page_cache.h"
 #include "cpu/retain_cache.h"
 #include "cpu/sink_cache.h"
@@ -144,7 +145,8 @@ SelectionSpec ReadSelection(const Attributes& attributes, const AttentionForm& f
                                     {"clusters", SelectionKind::kClusters},
                                     {"evict", SelectionKind::kEvict},
                                     {"retain", SelectionKind::kRetain},
-                                    {"stride", SelectionKind::kStride}});
+                                    {"stride", SelectionKind::kStride},
+                                    {"lowrank", SelectionKind::kLowRank}});
   if (spec.kind == SelectionKind::kAll) return spec;
   if (spec.kind == SelectionKind::kEvict) return ReadEvict(attributes, spec);
   if (spec.kind == SelectionKind::kRetain) return ReadRetain(attributes, spec);
@@ -165,6 +167,9 @@ SelectionSpec ReadSelection(const Attributes& attributes, const AttentionForm& f
   spec.sinks = Between(attributes, "select_sinks", 0, kLargestSize);
   spec.recent = Between(attributes, "select_recent", 0, kLargestSize);
   spec.block = Between(attributes, "select_block", 1, kMaxPage);
+  if (spec.kind == SelectionKind::kLowRank && spec.sinks + spec.recent > 0) {
+    throw Error("selection 'lowrank' has neither select_sinks nor select_recent");
+  }
   if (spec.kind == SelectionKind::kTopK) ReadMemory(attributes, spec);
   spec.reach = FiniteFloat(attributes, "select_reach");
   if (spec.reach < 0 || spec.reach > 1) {
@@ -204,6 +209,9 @@ std::unique_ptr<CacheStorage> ReadDense(const AttentionForm& form, int64_t ring,
   }
   if (selection.kind == SelectionKind::kClusters) {
     return std::make_unique<ClusterStorage>(form, selection);
+  }
+  if (selection.kind == SelectionKind::kLowRank) {
+    return std::make_unique<LowRankStorage>(form, selection);
   }
   return std::make_unique<DenseStorage>(form, ring);
 }

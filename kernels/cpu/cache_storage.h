@@ -36,7 +36,7 @@ class CacheStorage {
   virtual std::vector<int64_t> Present(size_t index, const std::vector<int64_t>& past,
                                        int64_t total) const = 0;
   // Positions of which two inputs behind the cache have cosines and sines: that of queries of far
-  // sinks, or those of all places. 0: there are no such inputs.
+  // sinks, or those of all places; -1: of any number. 0: there are no such inputs.
   virtual int64_t far_positions() const { return 0; }
   // Whether those of places take the place of the new tokens' own.
   virtual bool turns_by_place() const { return false; }
@@ -44,6 +44,8 @@ class CacheStorage {
   virtual bool reads_scores() const { return false; }
   // Whether seven inputs follow the cache: the clusters of a prefix.
   virtual bool has_clusters() const { return false; }
+  // Tokens of a chunk where six inputs follow the angles: a prefix of low rank. 0: there are none.
+  virtual int64_t low_rank_chunk() const { return 0; }
   // Attention of one step into y, then the cache that follows into `present`.
   virtual void Step(const Kernels& kernels, const AttentionOperands& operands,
                     const std::vector<CacheTensor>& past, const std::vector<CacheTensor>& present,

@@ -44,6 +44,23 @@ struct TokenClusters {
   const float* thresholds = nullptr;  // of parents, of clusters
 };
 
+// The first cached tokens of every row, whose keys are a product of two matrices: `tokens` times
+// the `basis` of a key head, turned to their positions. They have no place in the cache.
+struct LowRankTokens {
+  Type type = Type::kFloat;            // of all but outliers
+  const char* tokens = nullptr;        // [count, rank]
+  const char* basis = nullptr;         // [K, D, rank]
+  const char* values = nullptr;        // [K, count, E]
+  const char* landmarks = nullptr;     // [K, chunks, D]: means of the keys of a chunk
+  const int32_t* outliers = nullptr;   // [K, outlier_count]: chunks that keep their keys
+  const char* outlier_keys = nullptr;  // [K, outlier_count, chunk, D]
+  int64_t count = 0;                   // 0: there are none
+  int64_t rank = 0;
+  int64_t chunk = 1;  // tokens
+  int64_t chunks = 0;
+  int64_t outlier_count = 0;
+};
+
 // The operands of one step: B rows, S new tokens, T tokens in all.
 struct AttentionOperands {
   int64_t batch = 0;
@@ -62,8 +79,10 @@ struct AttentionOperands {
   const float* far_cosine = nullptr;  // [far_batch, positions, R / 2] of a storage that has them
   const float* far_sine = nullptr;
   int64_t far_batch = 1;
+  int64_t far_positions = 0;
   const float* scores = nullptr;  // [B, T] of a storage that reads them
   TokenClusters clusters;
+  LowRankTokens low_rank;
 
   int64_t past() const { return total - seq; }
 };
@@ -92,6 +111,8 @@ enum ThreadBuffer {
   kPageQueries,
   kFarQueries,
   kTurnedKeys,
+  kRebuiltKeys,
+  kCoefficients,
   kVotes,
   kPartScores,
   kTokenShares,

@@ -107,16 +107,19 @@ class Chooser {
   void Choose(const SelectingRow& row, int64_t head, std::vector<SlotRun>& runs) {
     std::vector<float> ranks(row.blocks);
     Rank(Scores(row, head), row.blocks, ranks.data());
+    const std::span<const int32_t> always = bounds_.Always(head);
+    for (const int32_t block : always) ranks[block] = kInfinity;
+    const int64_t wanted = std::min<int64_t>(row.blocks, row.wanted + always.size());
     std::vector<int32_t> order(row.blocks);
     std::iota(order.begin(), order.end(), 0);
-    std::nth_element(
-        order.begin(), order.begin() + row.wanted, order.end(),
-        [&](int32_t a, int32_t b) { return ranks[a] != ranks[b] ? ranks[a] > ranks[b] : a < b; });
-    std::sort(order.begin(), order.begin() + row.wanted);
+    std::nth_element(order.begin(), order.begin() + wanted, order.end(), [&](int32_t a, int32_t b) {
+      return ranks[a] != ranks[b] ? ranks[a] > ranks[b] : a < b;
+    });
+    std::sort(order.begin(), order.begin() + wanted);
     const int64_t start = tokens_.Start(row.row);
     const int64_t middle = start + spec_.sinks;
     if (spec_.sinks > 0) runs.push_back({start, middle});
-    for (int64_t i = 0; i < row.wanted; ++i) {
+    for (int64_t i = 0; i < wanted; ++i) {
       const int64_t begin = middle + order[i] * spec_.block;
       if (!runs.empty() && runs.back().end == begin) {
         runs.back().end += spec_.block;

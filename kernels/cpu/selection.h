@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <span>
 #include <vector>
 
 #include "cpu/cached_attention.h"
@@ -19,7 +20,8 @@ enum class SelectionKind : int32_t {
   kClusters,
   kEvict,
   kRetain,
-  kStride
+  kStride,
+  kLowRank
 };
 
 // How far sinks are from a query that reads them beyond its window.
@@ -36,7 +38,8 @@ enum class FarPositions : int32_t {
 // first and `recent` last ones among them, and loses `block` tokens when it is full. kRetain: the
 // cache has room for `budget` tokens, `sinks` first and `recent` last ones among them, and makes
 // room for `block` tokens at least when it is full. kStride: `sinks` first tokens, `recent` last
-// ones in whole blocks, and every `stride`-th block are read.
+// ones in whole blocks, and every `stride`-th block are read. kLowRank: as kPages, with blocks of
+// the prefix alone.
 struct SelectionSpec {
   SelectionKind kind = SelectionKind::kAll;
   int64_t sinks = 0;
@@ -98,6 +101,8 @@ class BlockBounds {
   // blocks [begin, end) of a row and key head. Rows of queries are PaddedRow(D) apart.
   virtual void Score(int64_t row, int64_t head, const float* queries, int64_t m, int64_t begin,
                      int64_t end, float* scores, int64_t stride) const = 0;
+  // Blocks of a key head that are read besides the chosen ones, whatever their score, ascending.
+  virtual std::span<const int32_t> Always(int64_t) const { return {}; }
 };
 
 // Chooses blocks for a step of one new token; a step of several reads everything.

@@ -9,6 +9,7 @@ namespace {
 
 enum Operand : size_t { kQuery, kKey, kValue, kValid, kBias, kCos, kSin };
 constexpr size_t kClusterInputs = 7;
+constexpr size_t kLowRankInputs = 6;
 constexpr const char* kNames[] = {"query", "key", "value", "valid", "bias", "cos", "sin"};
 
 const char* TypeName(Type type) {
@@ -64,9 +65,10 @@ CachedAttentionKernel::CachedAttentionKernel(OrtApi* table, const OrtKernelInfo*
     size_t count = 0;
     Check(api_.KernelInfoGetInputCount(info, &count));
     const size_t tensors = storage_->Tensors(-1).size();
-    const size_t needed = kFirstPast + tensors + (storage_->far_positions() > 0 ? 2 : 0) +
+    const size_t needed = kFirstPast + tensors + (storage_->far_positions() != 0 ? 2 : 0) +
                           (storage_->reads_scores() ? 1 : 0) +
-                          (storage_->has_clusters() ? kClusterInputs : 0);
+                          (storage_->has_clusters() ? kClusterInputs : 0) +
+                          (storage_->low_rank_chunk() > 0 ? kLowRankInputs : 0);
     if (count != needed) {
       throw Error("it has " + std::to_string(count) + " inputs; this storage needs " +
                   std::to_string(needed) + ", " + std::to_string(tensors) +
@@ -126,6 +128,7 @@ AttentionOperands CachedAttentionKernel::ReadOperands(const OrtKernelContext* co
   ReadFarAngles(context, operands);
   ReadScores(context, operands);
   ReadClusters(context, operands);
+  ReadLowRank(context, operands);
   return operands;
 }
 
@@ -186,12 +189,13 @@ void CachedAttentionKernel::ReadFarAngles(const OrtKernelContext* context,
       throw Error(std::string(name) + " is " + TypeName(tensor.type) + ", but must be float32");
     }
     if (!Fits(dims, {-1, positions, half}) || (dims[0] != 1 && dims[0] != operands.batch) ||
-        (i == 1 && dims[0] != operands.far_batch)) {
-      RefuseShape(
-          name, dims,
-          "[1 or batch," + std::to_string(positions) + ",rotary_size / 2], cos and sin alike");
+        (i == 1 && (dims[0] != operands.far_batch || dims[1] != operands.far_positions))) {
+      RefuseShape(name, dims,
+                  "[1 or batch," + (positions < 0 ? "any" : std::to_string(positions)) +
+                      ",rotary_size / 2], cos and sin alike");
     }
     operands.far_batch = dims[0];
+    operands.far_positions = dims[1];
     angles[i] = tensor.as<float>();
   }
   operands.far_cosine = angles[0];
@@ -201,7 +205,7 @@ void CachedAttentionKernel::ReadFarAngles(const OrtKernelContext* context,
 void CachedAttentionKernel::ReadScores(const OrtKernelContext* context,
                                        AttentionOperands& operands) const {
   if (!storage_->reads_scores()) return;
-  const size_t angles = storage_->far_positions() > 0 ? 2 : 0;
+  const size_t angles = storage_->far_positions() != 0 ? 2 : 0;
   const size_t index = kFirstPast + storage_->Tensors(-1).size() + angles;
   const std::vector<int64_t> dims = {operands.batch, operands.total};
   const CacheTensor scores = ReadTensor(context, index, {"scores", {Type::kFloat}, dims});
@@ -239,6 +243,40 @@ void CachedAttentionKernel::ReadClusters(const OrtKernelContext* context,
   clusters.parent_radii = reinterpret_cast<const float*>(parent_radii.data);
   const CacheTensor thresholds = read(6, "thresholds", {Type::kFloat}, {2});
   clusters.thresholds = reinterpret_cast<const float*>(thresholds.data);
+}
+
+void CachedAttentionKernel::ReadLowRank(const OrtKernelContext* context,
+                                        AttentionOperands& operands) const {
+  const int64_t chunk = storage_->low_rank_chunk();
+  if (chunk == 0) return;
+  const size_t angles = storage_->far_positions() != 0 ? 2 : 0;
+  const size_t first = kFirstPast + storage_->Tensors(-1).size() + angles;
+  const int64_t heads = form_.kv_heads;
+  const int64_t d = form_.head_size;
+  LowRankTokens& prefix = operands.low_rank;
+  const auto read = [&](size_t index, const char* name, const std::vector<Type>& types,
+                        const std::vector<int64_t>& dims) {
+    return ReadTensor(context, first + index, {name, types, dims});
+  };
+  const CacheTensor tokens =
+      read(0, "tokens", {Type::kFloat, Type::kFloat16, Type::kBfloat16}, {1, -1, -1});
+  prefix.type = tokens.type;
+  prefix.tokens = tokens.data;
+  prefix.count = tokens.dims[1];
+  prefix.rank = tokens.dims[2];
+  prefix.chunk = chunk;
+  const std::vector<Type> floats = {prefix.type};
+  prefix.basis = read(1, "basis", floats, {1, heads, d, prefix.rank}).data;
+  prefix.values = read(2, "values", floats, {1, heads, prefix.count, form_.value_size}).data;
+  const CacheTensor landmarks = read(3, "landmarks", floats, {1, heads, -1, d});
+  prefix.landmarks = landmarks.data;
+  prefix.chunks = landmarks.dims[2];
+  const CacheTensor outliers = read(4, "outliers", {Type::kInt32}, {1, heads, -1});
+  prefix.outliers = reinterpret_cast<const int32_t*>(outliers.data);
+  prefix.outlier_count = outliers.dims[2];
+  prefix.outlier_keys =
+      read(5, "outlier keys", floats, {1, heads, prefix.outlier_count, chunk, d}).data;
+  if (operands.far_batch != 1) throw Error("far cos and far sin must be the same for all rows");
 }
 
 CacheTensor CachedAttentionKernel::ReadTensor(const OrtKernelContext* context, size_t index,

@@ -29,6 +29,7 @@ class CachedAttentionKernel : public NodeKernel {
   void ReadFarAngles(const OrtKernelContext* context, AttentionOperands& operands) const;
   void ReadScores(const OrtKernelContext* context, AttentionOperands& operands) const;
   void ReadClusters(const OrtKernelContext* context, AttentionOperands& operands) const;
+  void ReadLowRank(const OrtKernelContext* context, AttentionOperands& operands) const;
   void ReadAngles(const OrtKernelContext* context, AttentionOperands& operands) const;
   Input Operand(const OrtKernelContext* context, size_t index, Type type) const;
   const float* Required(const OrtKernelContext* context, size_t index,

@@ -24,12 +24,20 @@ class FarAngles:
         self.graph = graph
         self.positions = next((value for value in graph.inputs if value.name == POSITIONS), None)
         self._made: dict[tuple[ir.Value, range], ir.Value] = {}
+        self._arrays: dict[ir.Value, np.ndarray] = {}
 
-    def reason_against(self, site: CachedAttentionSite) -> str:
-        """Why the angles of a site cannot be had at another position; empty when they can."""
+    def reason_against(self, site: CachedAttentionSite, *, constant: bool = False) -> str:
+        """Why the angles of a site cannot be had at another position; empty when they can.
+
+        Args:
+            site: The attention.
+            constant: They are wanted once for all, so they may depend on positions alone.
+        """
         tables = site.node.inputs[5:7]
         if self.positions is None or any(table is None or not self._chain(table) for table in tables):
             return f"its rotation does not come from the input {POSITIONS}, so that of another position is unknown"
+        if constant and any(not self._is_constant(table) for table in tables if table is not None):
+            return f"its rotation depends on more than the input {POSITIONS}, so it is not known beforehand"
         return ""
 
     def at(self, site: CachedAttentionSite, positions: range) -> list[ir.Value]:
@@ -48,7 +56,7 @@ class FarAngles:
 
     def _copy(self, table: ir.Value, positions: range, before: ir.Node) -> ir.Value:
         assert self.positions is not None
-        copies = {self.positions: new_constant(self.graph, np.array([positions], np.int64))}
+        copies = {self.positions: self._constant(np.array([positions], np.int64))}
         for node in self._chain(table):
             inputs = [copies.get(value, value) if value is not None else None for value in node.inputs]
             copy = ir.Node(
@@ -59,13 +67,27 @@ class FarAngles:
 
     def _results(self, node: ir.Node, before: ir.Node) -> list[ir.Value]:
         """The outputs of a new node: constants where it reads nothing else."""
-        if all(value is None or constant_tensor(value) is not None for value in node.inputs):
-            results = [new_constant(self.graph, array) for array in evaluate(node)]
+        if all(self._is_known(value) for value in node.inputs):
+            results = [self._constant(array) for array in evaluate(node, self._arrays)]
             for place in range(len(node.inputs)):
                 node.replace_input_with(place, None)
             return results
         self.graph.insert_before(before, node)
         return list(node.outputs)
+
+    def _constant(self, array: np.ndarray) -> ir.Value:
+        value = new_constant(self.graph, array)
+        self._arrays[value] = array
+        return value
+
+    def _is_known(self, value: ir.Value | None) -> bool:
+        return value is None or value in self._arrays or constant_tensor(value) is not None
+
+    def _is_constant(self, table: ir.Value) -> bool:
+        """Whether a table depends on positions and constants only."""
+        chain = self._chain(table)
+        computed = {self.positions, *(value for node in chain for value in node.outputs)}
+        return all(value in computed or self._is_known(value) for node in chain for value in node.inputs)
 
     def _chain(self, table: ir.Value) -> list[ir.Node]:
         """The nodes between the positions and a table, in order; empty when it does not depend on them."""

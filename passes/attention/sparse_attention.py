@@ -11,12 +11,13 @@ import onnx_ir as ir
 
 from effc.errors import UsageError
 from effc.ir.analysis.cached_attention import CachedAttentionSite, cached_attention_sites, selection_figures
-from effc.ir.dialect.selections import AllTokens, ClusterSelection
+from effc.ir.dialect.selections import AllTokens
 from effc.ir.program import Program
+from effc.ir.rewrite.dataflow import producer
 from effc.passes.attention.cache_change import change_cache
 from effc.passes.attention.cached_attention import CachedAttention
-from effc.passes.attention.cluster_inputs import cluster_inputs
 from effc.passes.attention.far_angles import FarAngles
+from effc.passes.attention.prefix_inputs import prefix_inputs
 from effc.passes.attention.raising import other_attention
 from effc.passes.attention.selection_schemes import SCHEMES, Change, SelectionScheme
 from effc.passes.attention.token_scores import token_scores
@@ -30,6 +31,7 @@ LIMITS = {
     "recent": (0, 2**20),
     "pool": (1, 255),
     "stride": (1, 2**20),
+    "longest": (1, 2**22),
     "dense_below": (0, 2**31 - 1),
     "refresh": (0, 2**20),
     "first": (0, 10**6),
@@ -53,6 +55,7 @@ class SparseAttention(Pass):
     full. `retain`: the same, but those stay that surprised the model most, and positions are places of the cache, so
     that a dialogue may go on for ever; a caller gives the surprise, as `effc chat` and `effc generate` do. `stride`:
     every token, of prompts too, reads a fixed pattern of blocks; it is meant for models that were trained with it.
+    `clusters` and `lowrank` read less of a prefix that `effc prefix` made, and all that follows it.
     `docs/sparse-attention.md` has what each costs and saves.
 
     Before:
@@ -75,15 +78,17 @@ class SparseAttention(Pass):
             the first ones (StreamingLLM, LM-Infinite). `clusters`: of a prefix made with `effc prefix`, the clusters of
             keys that matter to a query (Squeezed Attention). `evict`: those that the last queries attend to, the others
             dropped (SnapKV). `retain`: those that surprised the model most, the others dropped (SirLLM). `stride`: the
-            last blocks and one in so many of those before (LongGen).
+            last blocks and one in so many of those before (LongGen). `lowrank`: of a prefix made with `effc prefix` the
+            chunks that matter to a query, their keys rebuilt from a product of two small matrices (ShadowKV).
         budget: `pages`: tokens in blocks that a step reads, `topk`: tokens that it reads the values of, at least; None:
-            1024, and 0 with `share`. `evict`: tokens that stay when the cache is full, sinks and recent ones included;
+            1024, and 0 with `share`. `lowrank`: tokens of a prefix that it reads, at least; None: 2048, and 0 with
+            `share`. `evict`: tokens that stay when the cache is full, sinks and recent ones included;
             None: 2048. `retain`: tokens that the cache has room for; None: 2048.
-        share: `pages`, `topk`: share of the blocks or tokens that a step reads, at least.
+        share: `pages`, `topk`, `lowrank`: share of the blocks, tokens or chunks that a step reads, at least.
         block: `pages`: tokens of a block of a dense cache; None: 16. A coded cache has its pages. `evict`: tokens
             beyond the budget that a full cache has and loses then; None: one in 16 of the budget, at most 256.
             `retain`: tokens that a full cache makes room for, at least; None: one in 64 of the budget, at most 256.
-            `stride`: tokens of a block; None: 64.
+            `stride`: tokens of a block; None: 64. `lowrank`: tokens of a chunk, to 128; None: 8.
         sinks: Tokens at the start that every step reads; None: 4, or as the coded cache keeps them.
         recent: Tokens at the end that every step reads: with `pages` at least so many, None: 32, or as the coded cache
             keeps them; with `topk` exactly so many, None: 32; with `window` too, the new one included, None: 1024; with
@@ -97,7 +102,8 @@ class SparseAttention(Pass):
         pyramid: `evict`: budgets that fall from layer to layer, `budget` on average (PyramidKV); None: all alike.
         stride: `stride`: of the blocks that are not near, one in so many is read; None: 16.
         middle: `stride`: whether the middle third of the layers reads the pattern, too; None: it reads everything.
-        dense_below: `pages`, `topk`: with fewer cached tokens than this, everything is read.
+        longest: `lowrank`: most tokens of a prefix; None: 32768. The engine has cosines and sines of so many positions.
+        dense_below: `pages`, `topk`, `lowrank`: with fewer cached tokens than this, everything is read.
         reach: `pages`: what ranks a block, from 0, the score of the middle of its bounds, to 1, the largest score that
             they allow (Quest); None: 0.6, which is better than either.
         refresh: `topk`: most steps that one choice of tokens serves, over a dense cache; None: 1.
@@ -111,7 +117,7 @@ class SparseAttention(Pass):
 
     name: ClassVar[str] = "sparse-attention"
     contract: ClassVar[Contract] = Contract.APPROXIMATE
-    scheme: Literal["pages", "topk", "window", "clusters", "evict", "retain", "stride"] = "pages"
+    scheme: Literal["pages", "topk", "window", "clusters", "evict", "retain", "stride", "lowrank"] = "pages"
     budget: int | None = field(default=None, metadata={"range": "0 or more"})
     share: float | None = field(default=None, metadata={"range": "above 0, to 1"})
     block: int | None = field(default=None, metadata={"range": "1 to 256"})
@@ -122,6 +128,7 @@ class SparseAttention(Pass):
     pyramid: bool | None = None
     stride: int | None = field(default=None, metadata={"range": "1 to 1048576"})
     middle: bool | None = None
+    longest: int | None = field(default=None, metadata={"range": "1 to 4194304"})
     dense_below: int | None = field(default=None, metadata={"range": "0 or more"})
     reach: float | None = field(default=None, metadata={"range": "0 to 1"})
     refresh: int | None = field(default=None, metadata={"range": "0 or more"})
@@ -210,15 +217,19 @@ class SparseAttention(Pass):
             return "its mask is only known as numbers added to the scores, so what it hides cannot be told"
         if site.form.window:
             return f"its window of {site.form.window} tokens bounds what it reads"
+        if self._scheme().rotates and producer(site.node.inputs[1], "RotaryEmbedding") is not None:
+            return "its keys are rotated before they reach it; put cached-attention{rotary=inside} before"
         reason = change.selection.reason_against(change.form, change.storage)
-        return reason or (angles.reason_against(site) if change.far is not None else "")
+        if reason or change.far is None:
+            return reason
+        return angles.reason_against(site, constant=bool(change.selection.prefix))
 
 
 def _constants(site: CachedAttentionSite, change: Change, angles: FarAngles) -> Sequence[ir.Value]:
     """The inputs behind the cache."""
-    if isinstance(change.selection, ClusterSelection):
-        return cluster_inputs(site, change.form, change.selection)
     tables = angles.at(site, change.far) if change.far is not None else []
+    if change.selection.prefix:
+        return [*tables, *prefix_inputs(site, change.form, change.selection)]
     valid = site.node.inputs[3]
     assert valid is not None and isinstance(site.node.graph, ir.Graph)
     return [*tables, token_scores(site.node.graph, valid)] if change.selection.reads_scores else tables

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -105,8 +108,8 @@ def _result_is_small(node: ir.Node) -> bool:
     return True
 
 
-def evaluate(node: ir.Node) -> list[np.ndarray]:
-    """Outputs of a node of standard ops whose inputs are all constant."""
+def evaluate(node: ir.Node, known: Mapping[ir.Value, np.ndarray] = MappingProxyType({})) -> list[np.ndarray]:
+    """Outputs of a node of standard ops whose inputs are all known, or small constants."""
     names: dict[ir.Value, str] = {
         value: f"v{i}" for i, value in enumerate(dict.fromkeys(v for v in node.inputs if v is not None))
     }
@@ -122,6 +125,9 @@ def evaluate(node: ir.Node) -> list[np.ndarray]:
         [onnx.helper.make_value_info(name, anything) for name in outputs],
     )
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 24)])
-    feeds = {name: tensor.numpy() for value, name in names.items() if (tensor := constant_tensor(value)) is not None}
+    feeds = {name: known[value] for value, name in names.items() if value in known}
+    for value, name in names.items():
+        if name not in feeds and (tensor := constant_tensor(value)) is not None:
+            feeds[name] = tensor.numpy()
     with np.errstate(all="ignore"):  # overflow to infinity is what the graph says
         return [np.asarray(array) for array in ReferenceEvaluator(model).run(None, feeds)]

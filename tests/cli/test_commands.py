@@ -263,8 +263,8 @@ class OpenEngine:
         self.talk = Talk(**options)
         return self.talk
 
-    def write_prefix(self, text, output, *, chat, keep, cluster_tokens):
-        self.options = {"keep": keep, "cluster_tokens": cluster_tokens}
+    def write_prefix(self, text, output, *, chat, **options):
+        self.options = options
         tokens = len(text) + 100 * chat
         return {"prefix": str(output), "engine": str(self.folder), "tokens": tokens, "bytes": 2_500_000, "seconds": 1.5}
 
@@ -345,14 +345,19 @@ def test_chat_passes_its_options_on(effc, stand_in, hear) -> None:
     assert effc("chat", "e", "--decay", 2).code == 2
 
 
-def test_prefix_passes_the_options_of_clusters_on(effc, stand_in, tmp_path) -> None:
+def test_prefix_passes_the_options_of_selections_on(effc, stand_in, tmp_path) -> None:
     engine = OpenEngine("e", None)
     stand_in("effc.runtime.session", load=lambda folder, threads=None: engine)
     file = tmp_path / "text"
     file.write_text("text", encoding="utf-8")
-    for words, wanted in (([], (None, None)), (["--keep", "0.5", "--cluster-tokens", "9"], (0.5, 9))):
+    names = ("keep", "cluster_tokens", "rank", "outliers")
+    for words, wanted in (
+        ([], (None, None, None, None)),
+        (["--keep", "0.5", "--cluster-tokens", "9"], (0.5, 9, None, None)),
+        (["--rank", "32", "--outliers", "0"], (None, None, 32, 0)),
+    ):
         assert effc("prefix", "e", "--text", file, "-o", "out", *words).code == 0
-        assert (engine.options["keep"], engine.options["cluster_tokens"]) == wanted
+        assert engine.options == dict(zip(names, wanted, strict=True))
 
 
 def test_prefix(effc, session, tmp_path) -> None:

@@ -73,7 +73,7 @@ def step_logits(engine: Engine, prefix: Path | None, ids: Sequence[int], rows: i
     state = engine.new_state(rows)
     if prefix is not None:
         opened = engine.open_prefix(prefix)
-        state.restore(opened.tensors, opened.length, opened.clusters)
+        state.restore(opened.tensors, opened.length, opened.inputs)
     else:
         state.run(token_feed(engine, np.array([random_ids(LENGTH)] * rows), 0), [])
     found = []
@@ -180,7 +180,7 @@ def test_what_the_folder_says(plain: Path, tmp_path: Path) -> None:
         result = engine.write_prefix(random_ids(LENGTH), tmp_path / "prefix")
         assert result["tokens"] == LENGTH
     found = json.loads((tmp_path / "prefix" / MANIFEST).read_text())["tensors"]
-    shapes = {one["name"]: (one["dtype"], one["shape"]) for one in found if one["role"] == "clusters"}
+    shapes = {one["name"]: (one["dtype"], one["shape"]) for one in found if one["role"] == "inputs"}
     assert shapes["clusters.thresholds"] == ("float32", [2])
     assert shapes["clusters.2.centroids"] == ("float32", [1, 2, 32, 16])
     assert shapes["clusters.2.ends"] == ("int32", [1, 2, 32])
@@ -218,7 +218,7 @@ def test_options_out_of_range_are_refused(plain: Path, tmp_path: Path, options: 
 def test_an_engine_without_clusters_keeps_everything(model: Path, tmp_path: Path) -> None:
     effc.optimize(model, tmp_path / "engine", check=False)
     with effc.load(tmp_path / "engine") as engine:
-        with pytest.raises(UsageError, match="reads no clusters of a prefix, so it keeps all of it"):
+        with pytest.raises(UsageError, match="reads no clusters of a prefix"):
             engine.write_prefix(random_ids(LENGTH), tmp_path / "prefix", keep=0.5)
         with pytest.raises(UsageError, match="Leave keep and cluster_tokens out"):
             engine.write_prefix(random_ids(LENGTH), tmp_path / "prefix", keep=0.5, cluster_tokens=9)

@@ -12,14 +12,12 @@ import pytest
 from effc.errors import EngineError
 from effc.runtime.bundle import CacheLayout, CachePort, ClusterPorts, Port
 from effc.runtime.clusters import (
-    check_clusters,
     cluster_cache,
-    cluster_ports,
     cluster_tree,
-    empty_clusters,
     key_weights,
     radii,
 )
+from effc.runtime.prefix_inputs import check_inputs, empty_inputs, prefix_ports
 
 HEADS, KV_HEADS, SIZE, OBSERVED, SCALE = 6, 2, 16, 20, 0.3
 
@@ -173,7 +171,7 @@ def test_tokens_follow_their_clusters() -> None:
     cache = random_cache(of, 300 + OBSERVED)
     before = {name: array.copy() for name, array in cache.items()}
     clusters = cluster_cache(of, cache, 300 + OBSERVED, keep=0.25)
-    check_clusters(of, clusters)
+    check_inputs(of, clusters)
     for port in of.clusters:
         centroids, ends = (clusters[one.name][0] for one in port.inputs[:2])
         assert np.array_equal(cache[port.queries], before[port.queries])
@@ -198,10 +196,10 @@ def test_a_prefix_that_is_all_observed_has_no_clusters(tokens: int) -> None:
     before = {name: array.copy() for name, array in cache.items()}
     found = cluster_cache(of, cache, tokens, keep=0.25)
     assert {name: array.shape for name, array in found.items()} == {
-        name: array.shape for name, array in empty_clusters(of).items()
+        name: array.shape for name, array in empty_inputs(of).items()
     }
     assert all(np.array_equal(cache[name], array) for name, array in before.items())
-    assert [found[port.name].size for port in cluster_ports(of)[:-1]] == [0] * 6 + [2] + [0] * 5
+    assert [found[port.name].size for port in prefix_ports(of)[:-1]] == [0] * 6 + [2] + [0] * 5
 
 
 def test_one_token_more_has_one_cluster() -> None:
@@ -225,5 +223,5 @@ def test_clusters_of_another_engine_are_refused() -> None:
         clusters | {"clusters.0.ends": clusters["clusters.0.ends"].astype(np.int64)},
         clusters | {"clusters.9.ends": clusters["clusters.0.ends"]},
     ):
-        with pytest.raises(EngineError, match="its clusters are not those of the engine"):
-            check_clusters(of, changed)
+        with pytest.raises(EngineError, match="are not those of the engine"):
+            check_inputs(of, changed)

@@ -9,6 +9,7 @@ from effc.ir.dialect.selections.all_tokens import AllTokens
 from effc.ir.dialect.selections.base import TokenSelection
 from effc.ir.dialect.selections.clusters import ClusterSelection
 from effc.ir.dialect.selections.evict import EvictSelection
+from effc.ir.dialect.selections.lowrank import LowRankSelection
 from effc.ir.dialect.selections.pages import PageSelection
 from effc.ir.dialect.selections.retain import RetainSelection
 from effc.ir.dialect.selections.stride import StrideSelection
@@ -26,6 +27,7 @@ SELECTIONS: dict[str, type[TokenSelection]] = {
         EvictSelection,
         RetainSelection,
         StrideSelection,
+        LowRankSelection,
     )
 }
 """Value of the attribute `selection` -> its class."""
@@ -35,6 +37,7 @@ __all__ = [
     "AllTokens",
     "ClusterSelection",
     "EvictSelection",
+    "LowRankSelection",
     "PageSelection",
     "RetainSelection",
     "StrideSelection",

@@ -23,12 +23,14 @@ class TokenSelection(ABC):
         keeps_slots: Whether a ring has slot j at place j mod r, so that it must hold a window.
         turns_by_place: Whether tokens are rotated by their place in the cache, so that no position exceeds the places.
         reads_scores: Whether the last input behind the cache is a score of every token, float32 [batch, total].
+        prefix: Names and types of the inputs that a prefix brings, the last ones behind the cache; None: that of keys.
     """
 
     kind: ClassVar[str]
     keeps_slots: ClassVar[bool] = True
     turns_by_place: ClassVar[bool] = False
     reads_scores: ClassVar[bool] = False
+    prefix: ClassVar[Mapping[str, ir.DataType | None]] = {}
 
     @classmethod
     @abstractmethod

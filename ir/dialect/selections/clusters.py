@@ -35,6 +35,15 @@ class ClusterSelection(TokenSelection):
     """
 
     kind: ClassVar[str] = "clusters"
+    prefix: ClassVar[Mapping[str, ir.DataType | None]] = {
+        "centroids": None,
+        "ends": ir.DataType.INT32,
+        "radii": ir.DataType.FLOAT,
+        "parents": None,
+        "parent_ends": ir.DataType.INT32,
+        "parent_radii": ir.DataType.FLOAT,
+        "thresholds": ir.DataType.FLOAT,
+    }
     observed: int = 100
 
     def __post_init__(self) -> None:

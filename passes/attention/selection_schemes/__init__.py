@@ -5,6 +5,7 @@ from __future__ import annotations
 from effc.passes.attention.selection_schemes.base import Change, SelectionScheme
 from effc.passes.attention.selection_schemes.clusters import ClustersScheme
 from effc.passes.attention.selection_schemes.evict import EvictScheme
+from effc.passes.attention.selection_schemes.lowrank import LowRankScheme
 from effc.passes.attention.selection_schemes.pages import PagesScheme
 from effc.passes.attention.selection_schemes.retain import RetainScheme
 from effc.passes.attention.selection_schemes.stride import StrideScheme
@@ -19,6 +20,7 @@ SCHEMES: dict[str, type[SelectionScheme]] = {
     "evict": EvictScheme,
     "retain": RetainScheme,
     "stride": StrideScheme,
+    "lowrank": LowRankScheme,
 }
 """Option `scheme` of the pass -> its class."""
 
