@@ -225,3 +225,10 @@ def test_clusters_of_another_engine_are_refused() -> None:
     ):
         with pytest.raises(EngineError, match="are not those of the engine"):
             check_inputs(of, changed)
+
+
+@pytest.mark.parametrize("keep", [0.05, 0.24, 0.25, 0.6])
+def test_parents_are_asked_where_they_spare_centroids(keep: float) -> None:
+    of = layout()
+    found = cluster_cache(of, random_cache(of, 420), 420, keep=keep)
+    assert (found["clusters.thresholds"][0] == -1) == (keep >= 0.25)
