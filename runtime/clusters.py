@@ -112,7 +112,8 @@ def cluster_cache(
 def cluster_tree(keys: np.ndarray, cluster_tokens: int = CLUSTER_TOKENS) -> ClusterTree:
     """Clusters of the keys of one head and, above them, parents.
 
-    Keys are assigned by direction, as in the paper; a centroid is the mean of the keys themselves.
+    Keys are assigned by direction, as in the paper; a centroid is the mean of the keys themselves. The first key has a
+    cluster and a parent of its own.
 
     Args:
         keys: float32 [n, D], n >= 1.
@@ -120,11 +121,11 @@ def cluster_tree(keys: np.ndarray, cluster_tokens: int = CLUSTER_TOKENS) -> Clus
     """
     count = max(1, len(keys) // cluster_tokens)
     above = max(1, count // PARENT_CLUSTERS)
-    labels = kmeans(unit_rows(keys), count)
+    labels = _labels(unit_rows(keys), count)
     sums, counts = sums_by_label(keys, labels, count)
     centroids = sums / np.maximum(counts, 1)[:, None]
     parents = np.zeros(count, np.int64)
-    parents[counts > 0] = kmeans(unit_rows(centroids[counts > 0]), above)  # those without keys go anywhere
+    parents[counts > 0] = _labels(unit_rows(centroids[counts > 0]), above)  # those without keys go anywhere
     by_parent = np.argsort(parents, kind="stable")
     rank = np.empty(count, np.int64)
     rank[by_parent] = np.arange(count)
@@ -141,6 +142,17 @@ def cluster_tree(keys: np.ndarray, cluster_tokens: int = CLUSTER_TOKENS) -> Clus
         parent_radii=PARENT_REACH * radii(keys[order], means, tokens),
         order=order,
     )
+
+
+def _labels(points: np.ndarray, count: int) -> np.ndarray:
+    """Labels of `kmeans`, but the first point alone has the first one where there are several.
+
+    Much attention goes to the first token wherever nothing matters (StreamingLLM, Xiao et al. 2023, arXiv 2309.17453),
+    and its key is like no other.
+    """
+    if count == 1 or len(points) == 1:
+        return np.zeros(len(points), np.int64)
+    return np.concatenate([np.zeros(1, np.int64), 1 + kmeans(points[1:], count - 1)])
 
 
 def radii(keys: np.ndarray, means: np.ndarray, counts: np.ndarray) -> np.ndarray:
