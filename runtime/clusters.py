@@ -21,7 +21,7 @@ KEEP = 0.25
 SURVIVING, ASKED = 3.0, 0.75
 """Parents let so many times the keys pass that clusters keep, where that is less than this share. They let all pass
 otherwise: they would spare hardly more centroids than there are parents."""
-REACH, PARENT_REACH = 0.6, 2.0
+REACH, PARENT_REACH = 1.8, 2.0
 """How far beyond their mean a query expects keys of clusters and of parents: so many times `radii`."""
 EVERYTHING = np.array([-1, -1], np.float32)
 """Thresholds below any weight."""

@@ -82,7 +82,7 @@ def test_a_tree_holds_every_token_once(count: int, size: int) -> None:
     for cluster, (begin, end) in enumerate(zip(bounds, tree.ends)):
         own = moved[begin:end]
         np.testing.assert_allclose(tree.centroids[cluster], own.mean(axis=0) if len(own) else 0, atol=1e-5)
-        np.testing.assert_allclose(tree.radii[cluster], 0.6 * reach(own), atol=1e-5)
+        np.testing.assert_allclose(tree.radii[cluster], 1.8 * reach(own), atol=1e-5)
         assert (np.diff(tree.order[begin:end]) > 0).all()
     firsts = bounds[np.concatenate([[0], tree.parent_ends])]
     for parent, (begin, end) in enumerate(pairwise(firsts)):
