@@ -20,13 +20,14 @@ from effc.runtime.dialogue import Dialogue
 from effc.runtime.embed import embed
 from effc.runtime.generate import generate
 from effc.runtime.kv_state import NUM_LOGITS, KvState, port_shape
-from effc.runtime.prefix import Prefix, open_prefix, start_from, write_prefix
+from effc.runtime.prefix import Prefix, open_prefix, start_from
 from effc.runtime.prefix_inputs import empty_inputs, prefix_ports
 from effc.runtime.prompt_filter import PromptFilter
 from effc.runtime.shared_weights import SharedWeights
 from effc.runtime.tensors import check_feeds, storage_dtype, to_numpy, to_ort
 from effc.runtime.threads import default_threads, most_threads
 from effc.runtime.tokenizer import Tokenizer
+from effc.runtime.write_prefix import write_prefix
 
 PROVIDERS = {
     "ort-cpu": ("CPUExecutionProvider",),
@@ -108,6 +109,8 @@ def _session_options(threads: int, prepack: bool, library: str | None, shared: S
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = FATAL
+    # It would remember a plan of memory for every shape of the inputs, and that of a mask is new in every step.
+    options.enable_mem_pattern = False
     if not prepack:
         # Both would copy external weights, which are then used where they are mapped. The product of a constant's
         # transpose becomes one with a transposed operand, which is no slower.
@@ -384,7 +387,7 @@ class Engine:
         outliers: int | None = None,
         prefill_chunk: int | None = None,
     ) -> dict[str, Any]:
-        """Compute the beginning of prompts once; see `effc.runtime.prefix.write_prefix`."""
+        """Compute the beginning of prompts once; see `effc.runtime.write_prefix.write_prefix`."""
         return write_prefix(
             self,
             prefix,

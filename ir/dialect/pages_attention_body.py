@@ -10,7 +10,7 @@ from effc.ir.dialect.selections import PageSelection
 
 
 class PagesBody(SelectedBody):
-    """Blocks by their bounds."""
+    """Blocks by their means or bounds."""
 
     selection: PageSelection
 
@@ -22,7 +22,7 @@ class PagesBody(SelectedBody):
         return joined, [*present, self._present_bounds(present[0], bounds)]
 
     def _present_bounds(self, keys: ir.Value, past: ir.Value) -> ir.Value:
-        """The bounds of full blocks: as they were, or of the keys; 0 of other blocks."""
+        """The means or bounds of full blocks: as they were, or of the keys; 0 of other blocks."""
         block, heads, size = self.selection.block, self.form.kv_heads, self.form.head_size
         needed = self._op("Div", self.total, self._integers(block))
         count = self._op("Max", needed, self._op("Shape", past, start=2, end=3))
@@ -36,7 +36,8 @@ class PagesBody(SelectedBody):
         floats = self._op("Cast", moved, to=int(ir.DataType.FLOAT))
         parts = self._op("Concat", self._integers(0, 0), count, self._integers(block, size), axis=0)
         split = self._op("Reshape", floats, parts)
-        both = [self._op(name, split, self._integers(3), keepdims=0) for name in ("ReduceMin", "ReduceMax")]
+        names = ("ReduceMin", "ReduceMax") if self.selection.reach else ("ReduceMean",)
+        found = [self._op(name, split, self._integers(3), keepdims=0) for name in names]
         old, full = (
             self._op("Unsqueeze", self._op("Less", self._range(count), blocks), self._integers(1, 3))
             for blocks in (
@@ -47,9 +48,10 @@ class PagesBody(SelectedBody):
         floats = self._op("Cast", past, to=int(ir.DataType.FLOAT))
         room = self._op("Sub", count, self._op("Shape", past, start=2, end=3))
         pads = self._op("Concat", self._integers(*[0] * 6), room, self._integers(0), axis=0)
-        made = self._op("Where", full, self._op("Concat", *both, axis=3), self._number(0))
+        made = self._op("Where", full, self._op("Concat", *found, axis=3), self._number(0))
         kept = self._op("Where", old, self._op("Pad", floats, pads), made)
-        return self._op("Cast", kept, to=int(self.storage.dtype))
+        assert past.dtype is not None
+        return self._op("Cast", kept, to=int(past.dtype))
 
     def _read(self, wanted: ir.Value) -> ir.Value:
         """Which tokens are read, boolean [batch, kv heads, total]."""
@@ -68,20 +70,27 @@ class PagesBody(SelectedBody):
 
     def _ranks(self) -> ir.Value:
         """Ln of the largest share that a head of the group may give each block; a block that is none comes last."""
-        form = self.form
         padding = self._integers(0, 0, 0, 0, 0, 0, 1, 0)
         bounds = self._op("Pad", self._op("Cast", past_values(self.node)[2], to=int(ir.DataType.FLOAT)), padding)
-        halves = self._integers(form.head_size, form.head_size)
-        least, most = self.tape.op_multi_out("Split", [bounds, halves], {"axis": 3}, num_outputs=2)
-        queries = self._newest()
-        outwards = self._op("Mul", self._op("Abs", queries), self._number(self.selection.reach))
-        products = [
-            self._op("MatMul", self._op(name, queries, outwards), self._op("Transpose", side, perm=[0, 1, 3, 2]))
-            for name, side in (("Sub", least), ("Add", most))
-        ]
-        scores = self._op("Mul", self._op("Add", *products), self._number(0.5 * form.scale))
+        scores = self._op("Mul", self._scores(bounds), self._number(self.form.scale))
         count = self._op("Shape", bounds, start=2, end=3)
         exists = self._op("Unsqueeze", self._op("Less", self._range(count), self.blocks), self._integers(1, 2))
         scores = self._op("Where", exists, scores, self._number(HIDDEN))
         shares = self._op("Sub", scores, self._op("ReduceLogSumExp", scores, self._integers(3), keepdims=1))
         return self._op("ReduceMax", shares, self._integers(2), keepdims=0)
+
+    def _scores(self, bounds: ir.Value) -> ir.Value:
+        """Of the means, or from the middle of the bounds on the way to the largest product that they allow."""
+        queries, size = self._newest(), self.form.head_size
+        if not self.selection.reach:
+            return self._product(queries, bounds)
+        halves = self._integers(size, size)
+        least, most = self.tape.op_multi_out("Split", [bounds, halves], {"axis": 3}, num_outputs=2)
+        outwards = self._op("Mul", self._op("Abs", queries), self._number(self.selection.reach))
+        products = [
+            self._product(self._op(name, queries, outwards), side) for name, side in (("Sub", least), ("Add", most))
+        ]
+        return self._op("Mul", self._op("Add", *products), self._number(0.5))
+
+    def _product(self, queries: ir.Value, rows: ir.Value) -> ir.Value:
+        return self._op("MatMul", queries, self._op("Transpose", rows, perm=[0, 1, 3, 2]))

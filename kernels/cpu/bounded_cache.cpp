@@ -15,8 +15,10 @@ constexpr size_t kBounds = 2;  // the tensor after keys and values
 
 std::vector<CacheTensorForm> BoundedStorage::Tensors(int64_t batch) const {
   std::vector<CacheTensorForm> forms = DenseStorage::Tensors(batch);
-  forms.push_back(
-      {"past bounds", forms[0].types, {batch, form_.kv_heads, -1, 2 * form_.head_size}});
+  const int64_t width = selection_.by_mean() ? form_.head_size : 2 * form_.head_size;
+  forms.push_back({selection_.by_mean() ? "past means" : "past bounds",
+                   forms[0].types,
+                   {batch, form_.kv_heads, -1, width}});
   return forms;
 }
 
@@ -25,7 +27,7 @@ void BoundedStorage::CheckPast(const std::vector<CacheTensor>& past, int64_t tok
   const int64_t needed = tokens / selection_.block;
   if (past[kBounds].dims[2] >= needed) return;
   throw Error("the past has " + std::to_string(past[kBounds].dims[2]) +
-              " bounds, but `valid` counts " + std::to_string(tokens) +
+              " blocks, but `valid` counts " + std::to_string(tokens) +
               " past tokens, which need " + std::to_string(needed));
 }
 

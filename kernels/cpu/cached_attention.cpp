@@ -20,8 +20,9 @@ constexpr int64_t kFewQueryRows = 64;  // rows up to which tokens are read witho
 constexpr int64_t kPartTokens = 512;   // tokens of one task with few query rows
 constexpr int64_t kTileRows = 128;     // query rows of one task otherwise
 constexpr int64_t kLeastTileRows = 32;
-constexpr int64_t kTokensAhead = 12;  // of single tokens, how many are fetched ahead
-constexpr int64_t kTasks = 256;       // wanted at most
+constexpr int64_t kTokensAhead = 12;   // of single tokens, how many are fetched ahead
+constexpr int64_t kTokensAtOnce = 16;  // of single tokens, how many are weighed together
+constexpr int64_t kTasks = 256;        // wanted at most
 
 enum class Reading { kSlots, kChosen, kShares };
 
@@ -69,7 +70,7 @@ class Attention {
   void Run(const ParallelFunction& parallel) {
     for (int64_t row = 0; row < operands_.batch; ++row) Plan(row);
     rows_.resize(part_rows_);
-    sums_.resize(part_rows_ * sum_stride_);
+    sums_ = ThreadFloats(kPartSums, part_rows_ * sum_stride_);
     const int64_t count = static_cast<int64_t>(tasks_.size());
     parallel(count, std::max<int64_t>(1, count / kTasks), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) RunTask(tasks_[i]);
@@ -90,7 +91,11 @@ class Attention {
     const int64_t own = std::min(seq, operands_.total - start);
     for (int64_t head = 0; head < form_.kv_heads; ++head) {
       if (reads_.chosen != nullptr && reads_.chosen->Selects(row)) {
-        PlanChosen(row, head);
+        if (head > 0 && reads_.chosen->shared()) {
+          PlanAgain(head);
+        } else {
+          PlanChosen(row, head);
+        }
       } else if (own * group_ <= kFewQueryRows && !HasPattern(row)) {
         PlanParts(row, head, first);
       } else {
@@ -164,6 +169,22 @@ class Attention {
     joints_.push_back(joint);
   }
 
+  // The tasks of the head before, for this one.
+  void PlanAgain(int64_t head) {
+    Joint joint = joints_.back();
+    const size_t first = tasks_.size() - joint.parts;
+    for (int64_t part = 0; part < joint.parts; ++part) {
+      Task task = tasks_[first + part];
+      task.head = head;
+      task.part += part_rows_ - joint.first_part;
+      tasks_.push_back(task);
+    }
+    joint.head = head;
+    part_rows_ += part_rows_ - joint.first_part;
+    joint.first_part = joints_.back().first_part + (joint.end - joint.begin) * group_ * joint.parts;
+    joints_.push_back(joint);
+  }
+
   bool Known(int64_t row, SlotRun run) const {
     return reads_.shares != nullptr && reads_.shares[row].begin <= run.begin &&
            run.end <= reads_.shares[row].end;
@@ -189,7 +210,7 @@ class Attention {
   void RunTask(const Task& task) {
     const int64_t m = (task.end - task.begin) * group_;
     if (task.part >= 0) {
-      float* const sums = sums_.data() + task.part * sum_stride_;
+      float* const sums = sums_ + task.part * sum_stride_;
       OpenRows(task, rows_.data() + task.part, sums);
       ReadSinks(task, m, rows_.data() + task.part, sums);
       if (task.reading == Reading::kShares) {
@@ -300,24 +321,41 @@ class Attention {
     }
   }
 
-  // Of slots whose shares are known, values only.
+  // Of slots whose shares are known, values only; a few at once, so that sums stay in registers.
   void ReadShares(const Task& task, int64_t m, QueryRow* rows, float* sums) const {
     const TokenShares& known = reads_.shares[task.row];
-    const int64_t first = task.head * group_;
+    const int64_t e = form_.value_size;
     float* const shares = ThreadFloats(kScores, m * kScoreStride);
-    for (int64_t i = 0; i < m; ++i) rows[i].max = known.bases[first + i];
+    float* const values = ThreadFloats(kValueRows, kTokensAtOnce * e);
+    for (int64_t i = 0; i < m; ++i) rows[i].max = known.bases[task.head * group_ + i];
     size_t part = 0;
-    for (int64_t at = task.from; at < task.to; ++at) {
-      const int64_t slot = slots_[at].begin;
-      while (known.parts[part].end <= slot) ++part;
-      const int64_t ahead = at + kTokensAhead;
-      if (ahead < task.to) reader_.PrefetchValue(task.row, task.head, slots_[ahead].begin);
-      const float* const factors = known.factors.data() + part * form_.heads + first;
-      for (int64_t i = 0; i < m; ++i) {
-        shares[i * kScoreStride] = *known.At(first + i, slot) * factors[i];
-        rows[i].sum += shares[i * kScoreStride];
+    for (int64_t from = task.from; from < task.to; from += kTokensAtOnce) {
+      const int64_t count = std::min(kTokensAtOnce, task.to - from);
+      for (int64_t t = 0; t < count; ++t) {
+        const int64_t slot = slots_[from + t].begin;
+        while (known.parts[part].end <= slot) ++part;
+        Prefetch(task, from + t + kTokensAhead);
+        TakeShares(task, known, part, slot, m, shares + t);
+        reader_.Value(task.row, task.head, slot, values + t * e);
       }
-      reader_.TokenValue(task.row, task.head, slot, shares, m, sums);
+      for (int64_t i = 0; i < m; ++i) {
+        for (int64_t t = 0; t < count; ++t) rows[i].sum += shares[i * kScoreStride + t];
+      }
+      pieces_.values(shares, kScoreStride, m, {values, Type::kFloat, e}, count, e, sums,
+                     sum_stride_, 0);
+    }
+  }
+
+  void Prefetch(const Task& task, int64_t at) const {
+    if (at < task.to) reader_.PrefetchValue(task.row, task.head, slots_[at].begin);
+  }
+
+  void TakeShares(const Task& task, const TokenShares& known, size_t part, int64_t slot, int64_t m,
+                  float* shares) const {
+    const int64_t first = task.head * group_;
+    const float* const factors = known.factors.data() + part * form_.heads + first;
+    for (int64_t i = 0; i < m; ++i) {
+      shares[i * kScoreStride] = *known.At(first + i, known.parts[part], slot) * factors[i];
     }
   }
 
@@ -379,7 +417,7 @@ class Attention {
     for (int64_t i = 0; i < m; ++i) {
       const int64_t at = joint.first_part + i;
       Finish(joint.row, joint.head, joint.begin + i / group_, i % group_, rows_.data() + at, m,
-             sums_.data() + at * sum_stride_, m * sum_stride_, joint.parts);
+             sums_ + at * sum_stride_, m * sum_stride_, joint.parts);
     }
   }
 
@@ -415,7 +453,7 @@ class Attention {
   std::vector<Joint> joints_;
   std::vector<SlotRun> slots_;  // pieces of chosen tasks, each a part of a block
   std::vector<QueryRow> rows_;  // of all parts
-  std::vector<float> sums_;
+  float* sums_ = nullptr;
   int64_t part_rows_ = 0;
 };
 

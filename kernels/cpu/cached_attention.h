@@ -100,7 +100,8 @@ inline const float* BiasRow(const AttentionOperands& operands, int64_t row, int6
 using RangeFunction = std::function<void(int64_t, int64_t)>;
 using ParallelFunction = std::function<void(int64_t count, int64_t grain, const RangeFunction& fn)>;
 
-// Memory of a thread that lives as long as it, one for each use.
+// Memory of a thread that lives as long as it, one for each use: what is allocated anew in every
+// step costs more than what is done with it, since the system clears its pages.
 enum ThreadBuffer {
   kScores,
   kSums,
@@ -113,6 +114,9 @@ enum ThreadBuffer {
   kTurnedKeys,
   kRebuiltKeys,
   kCoefficients,
+  kBases,
+  kBlockScores,
+  kPartSums,
   kVotes,
   kPartScores,
   kTokenShares,

@@ -13,6 +13,28 @@ char* BoundsOf(const CacheTensor& tensor, int64_t row, int64_t head, int64_t blo
   return tensor.data + at * ElementBytes(tensor.type);
 }
 
+constexpr int64_t kStreamBytes = 4096;  // how far ahead rows are fetched
+
+// Sums, or minima and maxima, of no keys.
+void Open(const SelectionSpec& spec, std::vector<float>& bounds) {
+  const auto middle = bounds.begin() + static_cast<int64_t>(bounds.size()) / 2;
+  if (spec.by_mean()) return std::fill(bounds.begin(), bounds.end(), 0.0f);
+  std::fill(bounds.begin(), middle, std::numeric_limits<float>::infinity());
+  std::fill(middle, bounds.end(), -std::numeric_limits<float>::infinity());
+}
+
+void Take(const SelectionSpec& spec, const std::vector<float>& key, std::vector<float>& bounds) {
+  const size_t d = key.size();
+  for (size_t j = 0; j < d; ++j) {
+    if (spec.by_mean()) {
+      bounds[j] += key[j];
+      continue;
+    }
+    bounds[j] = std::min(bounds[j], key[j]);
+    bounds[d + j] = std::max(bounds[d + j], key[j]);
+  }
+}
+
 }  // namespace
 
 // With middle (minimum + maximum) / 2 and half width (maximum - minimum) / 2 of a channel, the
@@ -20,6 +42,11 @@ char* BoundsOf(const CacheTensor& tensor, int64_t row, int64_t head, int64_t blo
 void DenseBounds::Score(int64_t row, int64_t head, const float* queries, int64_t m, int64_t begin,
                         int64_t end, float* scores, int64_t stride) const {
   const int64_t d = form_.head_size;
+  const char* const from = BoundsOf(bounds_, row, head, begin);
+  if (spec_.by_mean()) {
+    return kernels_.attention->scores(queries, PaddedRow(d), m, {from, bounds_.type, d},
+                                      end - begin, d, scores + begin, stride, kStreamBytes);
+  }
   const int64_t width = PaddedRow(2 * d);
   float* const halves = ThreadFloats(kPageQueries, m * width);
   std::fill(halves, halves + m * width, 0.0f);
@@ -31,8 +58,8 @@ void DenseBounds::Score(int64_t row, int64_t head, const float* queries, int64_t
       halves[i * width + d + j] = 0.5f * (q + outwards);
     }
   }
-  const TokenRows rows{BoundsOf(bounds_, row, head, begin), bounds_.type, 2 * d};
-  kernels_.attention->scores(halves, width, m, rows, end - begin, 2 * d, scores + begin, stride, 0);
+  kernels_.attention->scores(halves, width, m, {from, bounds_.type, 2 * d}, end - begin, 2 * d,
+                             scores + begin, stride, kStreamBytes);
 }
 
 void WriteBounds(const Kernels& kernels, const AttentionOperands& operands, int64_t start,
@@ -50,20 +77,19 @@ void WriteBounds(const Kernels& kernels, const AttentionOperands& operands, int6
                   BoundsOf(past, row, head, old) - BoundsOf(past, row, head, 0));
     std::memset(unknown, 0, BoundsOf(present, row, head, present.dims[2]) - unknown);
   }
-  std::vector<float> key(d), bounds(2 * d);
+  std::vector<float> key(d), bounds(present.dims[3]);
   const int64_t first = (row * keys.dims[1] + head) * keys.dims[2] + start + spec.sinks;
   for (int64_t b = old; b < blocks; ++b) {
-    std::fill(bounds.begin(), bounds.begin() + d, std::numeric_limits<float>::infinity());
-    std::fill(bounds.begin() + d, bounds.end(), -std::numeric_limits<float>::infinity());
+    Open(spec, bounds);
     for (int64_t t = 0; t < spec.block; ++t) {
       const int64_t at = (first + b * spec.block + t) * d;
       pieces.widen(keys.data + at * ElementBytes(keys.type), keys.type, d, key.data());
-      for (int64_t j = 0; j < d; ++j) {
-        bounds[j] = std::min(bounds[j], key[j]);
-        bounds[d + j] = std::max(bounds[d + j], key[j]);
-      }
+      Take(spec, key, bounds);
     }
-    pieces.narrow(bounds.data(), 2 * d, present.type, BoundsOf(present, row, head, b));
+    if (spec.by_mean()) {
+      for (float& x : bounds) x /= static_cast<float>(spec.block);
+    }
+    pieces.narrow(bounds.data(), present.dims[3], present.type, BoundsOf(present, row, head, b));
   }
 }
 

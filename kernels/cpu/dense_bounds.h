@@ -1,4 +1,5 @@
-// Bounds of blocks of a dense cache: the least and the largest element of every key channel.
+// What ranks blocks of a dense cache: means of their keys, or the least and the largest element of
+// every channel.
 #pragma once
 
 #include "cpu/cache_storage.h"
@@ -6,8 +7,8 @@
 
 namespace effc {
 
-// Tensor of bounds [B, K, N, 2 * D]: the minima of a block, then its maxima, in the type of the
-// keys.
+// Tensor of means [B, K, N, D], or of bounds [B, K, N, 2 * D]: the minima of a block, then its
+// maxima.
 class DenseBounds : public BlockBounds {
  public:
   DenseBounds(const Kernels& kernels, const AttentionForm& form, const SelectionSpec& spec,

@@ -35,7 +35,7 @@ void EvictStorage::Step(const Kernels& kernels, const AttentionOperands& operand
   if (operands.bias != nullptr) throw Error("a selection takes no bias");
   const EvictStep step(form_, selection_, operands, past);
   const NewTokens tokens(form_, step.packed(), parallel);
-  const KeptStore store(step, tokens);
+  const PackedStore store(step, tokens, past[kKeptKey], past[kKeptValue]);
   Reads reads;
   reads.packed = true;
   step.LogReads();

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <string>
 
 #include "cpu/evict_votes.h"
 #include "cpu/read_log.h"
@@ -129,20 +128,11 @@ int64_t Grain(const EvictStep& step, const std::vector<CacheTensor>& present) {
 
 EvictStep::EvictStep(const AttentionForm& form, const SelectionSpec& spec,
                      const AttentionOperands& operands, const std::vector<CacheTensor>& past)
-    : form(form), spec(spec), operands(operands), past(past), packed_(operands) {
-  int64_t most = 0;
+    : PackedStep(form, spec, operands, past) {
   for (int64_t row = 0; row < operands.batch; ++row) {
-    rows_.push_back(ReadRow(row));
-    most = std::max(most, rows_.back().kept);
+    rows_[row].kept = CountPlaces(row, Tokens(past[kKeptToken], row, 0), spec.places());
   }
-  packed_.total = most + operands.seq;
-  valid_.assign(operands.batch * packed_.total, 0);
-  for (int64_t row = 0; row < operands.batch; ++row) {
-    uint8_t* const valid = valid_.data() + row * packed_.total;
-    std::fill(valid + most - rows_[row].kept, valid + most, uint8_t{1});
-    for (const int32_t i : rows_[row].fresh) valid[most + i] = 1;
-  }
-  packed_.valid = valid_.data();
+  Pack();
 }
 
 void EvictStep::LogReads() const {
@@ -157,43 +147,6 @@ void EvictStep::LogReads() const {
       LogRead(row, head, rows_[row].tokens, RunsOf(tokens));
     }
   }
-}
-
-EvictRow EvictStep::ReadRow(int64_t row) const {
-  const uint8_t* const valid = operands.valid + row * operands.total;
-  EvictRow r{};
-  r.start = std::find_if(valid, valid + operands.total, [](uint8_t v) { return v != 0; }) - valid;
-  r.old_tokens = std::max<int64_t>(0, operands.past() - r.start);
-  r.tokens = operands.total - r.start;
-  if (r.old_tokens > 0) {
-    const int32_t* const numbers = Tokens(past[kKeptToken], row, 0);
-    r.kept = std::find(numbers, numbers + spec.places(), 0) - numbers;
-    if (r.kept == 0) {
-      throw Error("`valid` counts " + std::to_string(r.old_tokens) + " past tokens of row " +
-                  std::to_string(row) + ", but its cache is empty");
-    }
-  }
-  for (int64_t i = 0; i < operands.seq; ++i) {
-    if (valid[operands.past() + i]) r.fresh.push_back(static_cast<int32_t>(i));
-  }
-  return r;
-}
-
-int64_t KeptStore::BlockBegin(int64_t, int64_t slot) const { return slot; }
-
-int64_t KeptStore::BlockEnd(int64_t, int64_t begin, int64_t end) const {
-  return std::min(end, begin + kBlockTokens);
-}
-
-TokenSpan KeptStore::Run(int64_t row, int64_t head, int64_t slot, int64_t end) const {
-  const int64_t old = step_.packed().past();
-  if (slot >= old) {
-    const int64_t i = slot - old;
-    return {end - slot, tokens_.Keys(row, head, i), tokens_.Values(row, head, i), nullptr};
-  }
-  const int64_t place = slot - step_.First(row);
-  return {std::min(end, old) - slot, Place(step_.past[kKeptKey], row, head, place),
-          Place(step_.past[kKeptValue], row, head, place), nullptr};
 }
 
 void WriteKept(const Kernels& kernels, const EvictStep& step, const NewTokens& tokens,

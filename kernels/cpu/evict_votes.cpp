@@ -20,7 +20,7 @@ constexpr int64_t kLeastRows = 16;
 }  // namespace
 
 std::vector<int32_t> EvictVotes::Choose(int64_t row, int64_t head) const {
-  const EvictRow& r = step_.Row(row);
+  const PackedRow& r = step_.Row(row);
   const SelectionSpec& spec = step_.spec;
   const int64_t count = r.candidates();
   std::vector<int32_t> chosen;
@@ -52,7 +52,7 @@ std::vector<int32_t> EvictVotes::Choose(int64_t row, int64_t head) const {
 
 // The last `recent` tokens that are valid: those of this step, before them from the cache.
 EvictVotes::Voters EvictVotes::FindVoters(int64_t row, int64_t head) const {
-  const EvictRow& r = step_.Row(row);
+  const PackedRow& r = step_.Row(row);
   const int64_t recent = step_.spec.recent;
   const int64_t d = step_.form.head_size;
   const int64_t group = step_.form.group();

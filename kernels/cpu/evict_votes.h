@@ -14,7 +14,7 @@ namespace effc {
 class EvictVotes {
  public:
   EvictVotes(const Kernels& kernels, const EvictStep& step, const NewTokens& tokens,
-             const KeptStore& store)
+             const PackedStore& store)
       : pieces_(*kernels.attention), step_(step), tokens_(tokens), store_(store) {}
 
   // The candidates that stay, ascending: sinks, recent tokens, and those with the most votes.
@@ -37,7 +37,7 @@ class EvictVotes {
   const AttentionKernels& pieces_;
   const EvictStep& step_;
   const NewTokens& tokens_;
-  const KeptStore& store_;
+  const PackedStore& store_;
 };
 
 }  // namespace effc

@@ -63,12 +63,12 @@ LowRankKeys::LowRankKeys(const Kernels& kernels, const AttentionForm& form,
   const LowRankTokens& prefix = operands.low_rank;
   const int64_t d = form.head_size;
   if (prefix.count == 0) return;
-  panels_.resize(form.kv_heads * head_floats_);
+  panels_ = ThreadFloats(kBases, form.kv_heads * head_floats_);
   parallel(form.kv_heads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t head = begin; head < end; ++head) {
       const char* const basis = prefix.basis + head * d * prefix.rank * ElementBytes(prefix.type);
       pieces_.transpose({basis, prefix.type, prefix.rank}, d, prefix.rank, 0,
-                        panels_.data() + head * head_floats_);
+                        panels_ + head * head_floats_);
     }
   });
 }
@@ -77,7 +77,7 @@ TokenRows LowRankKeys::Rebuild(int64_t head, int64_t begin, int64_t count) const
   const int64_t rank = operands_.low_rank.rank;
   float* const rows = ThreadFloats(kRebuiltKeys, kBlockTokens * stride_);
   pieces_.panel_scores(Coefficients(begin, count), PaddedRow(rank), count,
-                       panels_.data() + head * head_floats_, form_.head_size, rank, rows, stride_);
+                       panels_ + head * head_floats_, form_.head_size, rank, rows, stride_);
   return Rotate(rows, begin, count);
 }
 

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <span>
-#include <vector>
 
 #include "cpu/selection.h"
 #include "cpu/token_store.h"
@@ -33,7 +32,7 @@ class LowRankKeys {
   const AttentionOperands& operands_;
   const int64_t stride_;       // floats between rebuilt keys
   const int64_t head_floats_;  // of the panels of a head
-  std::vector<float> panels_;  // of the bases of all heads
+  float* panels_ = nullptr;    // of the bases of all heads
 };
 
 // The prefix, then the cache behind it and the new tokens.

@@ -202,9 +202,9 @@ void PrefetchValue(const PageLayout& layout, const uint8_t* page, int64_t stored
   const PanelLayout& panel = layout.values[c];
   const PanelView view = ViewPanel(panel, page, layout.value_factor);
   const int64_t row = stored - layout.first[c];
-  for (int64_t i = 0; i < panel.row_bytes; i += kLineBytes) {
-    __builtin_prefetch(view.codes + row * panel.row_bytes + i);
-  }
+  const uint8_t* const codes = view.codes + row * panel.row_bytes;
+  for (int64_t i = 0; i < panel.row_bytes; i += kLineBytes) __builtin_prefetch(codes + i);
+  __builtin_prefetch(codes + panel.row_bytes - 1);  // rows need not begin with a line
   if (panel.bits == 16) return;
   __builtin_prefetch(view.scales + row * panel.groups);
   __builtin_prefetch(view.minima + row * panel.groups);

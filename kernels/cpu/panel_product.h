@@ -401,30 +401,51 @@ void PanelProduct(const PanelView& panel, const float* weights, int64_t weight_s
   }
 }
 
-// 16 decoded values of a row from `lane` on; those past the last lane have no meaning.
+// Decodes a row, 16 lanes at a time from the first on; those past the last lane have no meaning.
 template <class V>
-EFFC_INLINE typename V::Unit Decoded(const PanelView& panel, int64_t row, int64_t lane,
-                                     typename V::Unit code) {
-  if (panel.scheme == PanelScheme::kPlain) return code;
-  const typename V::Unit unit = V::Broadcast(panel.unit);
-  const int64_t left = panel.lanes - lane;
-  if (panel.scheme == PanelScheme::kRowFactor) {
-    const float factor = Bfloat16ToFloat(panel.factors[row]);
-    const auto scale = V::Mul(WidenFirst<V>(panel.scales + lane, left, true), unit);
-    const auto minimum = V::Mul(WidenFirst<V>(panel.minima + lane, left, true), unit);
-    return V::Mul(V::Add(V::Mul(code, scale), minimum), V::Broadcast(&factor));
+class RowDecoder {
+ public:
+  RowDecoder(const PanelView& panel, int64_t row) : panel_(panel), row_(row) {
+    if (panel.scheme != PanelScheme::kPlain) unit_ = *panel.unit;
   }
-  const int64_t at = row * panel.groups + lane / panel.group;
-  const float scale = HalfToFloat(panel.scales[at]) * *panel.unit;
-  const float minimum = HalfToFloat(panel.minima[at]) * *panel.unit;
-  const auto x = V::Add(V::Mul(code, V::Broadcast(&scale)), V::Broadcast(&minimum));
-  if (panel.scheme == PanelScheme::kRow) return x;
-  return V::Mul(x, WidenFirst<V>(panel.factors + lane, left, false));
-}
+
+  EFFC_INLINE typename V::Unit Next(int64_t lane, typename V::Unit code) {
+    if (panel_.scheme == PanelScheme::kPlain) return code;
+    const int64_t left = panel_.lanes - lane;
+    if (panel_.scheme == PanelScheme::kRowFactor) {
+      const auto unit = V::Broadcast(&unit_);
+      const float factor = Bfloat16ToFloat(panel_.factors[row_]);
+      const auto scale = V::Mul(WidenFirst<V>(panel_.scales + lane, left, true), unit);
+      const auto minimum = V::Mul(WidenFirst<V>(panel_.minima + lane, left, true), unit);
+      return V::Mul(V::Add(V::Mul(code, scale), minimum), V::Broadcast(&factor));
+    }
+    if (lane >= group_end_) OpenGroup();
+    const auto x = V::Add(V::Mul(code, V::Broadcast(&scale_)), V::Broadcast(&minimum_));
+    if (panel_.scheme == PanelScheme::kRow) return x;
+    return V::Mul(x, WidenFirst<V>(panel_.factors + lane, left, false));
+  }
+
+ private:
+  EFFC_INLINE void OpenGroup() {
+    const int64_t at = row_ * panel_.groups + group_++;
+    scale_ = HalfToFloat(panel_.scales[at]) * unit_;
+    minimum_ = HalfToFloat(panel_.minima[at]) * unit_;
+    group_end_ += panel_.group;
+  }
+
+  const PanelView& panel_;
+  const int64_t row_;
+  float unit_ = 1;
+  float scale_ = 0;
+  float minimum_ = 0;
+  int64_t group_ = 0;
+  int64_t group_end_ = 0;  // lane
+};
 
 template <class V, int kBits>
 void WidenRow(const PanelView& panel, int64_t row, float* out) {
   constexpr int kF = kFields<kBits>;
+  RowDecoder<V> decoder(panel, row);
   const uint8_t* codes = panel.codes + row * panel.row_bytes;
   for (int64_t lane = 0; lane < panel.lanes; lane += 16 * kF, codes += kWordBytes<kBits>) {
     const auto word = V::template LoadWord<kBits>(codes);
@@ -432,7 +453,7 @@ void WidenRow(const PanelView& panel, int64_t row, float* out) {
       const int64_t at = lane + 16 * f;
       const int64_t left = panel.lanes - at;
       if (left <= 0) return;
-      const auto x = Decoded<V>(panel, row, at, V::template Field<kBits, f>(word));
+      const auto x = decoder.Next(at, V::template Field<kBits, f>(word));
       if (left >= 16) return V::Store(out + at, x);
       float last[16];
       V::Store(last, x);

@@ -3,7 +3,8 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
-#include <numeric>
+
+#include "cpu/largest.h"
 
 namespace effc {
 namespace {
@@ -64,11 +65,11 @@ class Chooser {
       floats += form_.heads * blocks;
       most_blocks_ = std::max(most_blocks_, blocks);
     }
-    scores_.resize(floats);
+    scores_ = ThreadFloats(kBlockScores, floats);
   }
 
   float* Scores(const SelectingRow& row, int64_t head) {
-    return scores_.data() + row.first + head * form_.group() * row.blocks;
+    return scores_ + row.first + head * form_.group() * row.blocks;
   }
 
   void Bound(const SelectingRow& row, int64_t head, int64_t begin) {
@@ -110,17 +111,11 @@ class Chooser {
     const std::span<const int32_t> always = bounds_.Always(head);
     for (const int32_t block : always) ranks[block] = kInfinity;
     const int64_t wanted = std::min<int64_t>(row.blocks, row.wanted + always.size());
-    std::vector<int32_t> order(row.blocks);
-    std::iota(order.begin(), order.end(), 0);
-    std::nth_element(order.begin(), order.begin() + wanted, order.end(), [&](int32_t a, int32_t b) {
-      return ranks[a] != ranks[b] ? ranks[a] > ranks[b] : a < b;
-    });
-    std::sort(order.begin(), order.begin() + wanted);
     const int64_t start = tokens_.Start(row.row);
     const int64_t middle = start + spec_.sinks;
     if (spec_.sinks > 0) runs.push_back({start, middle});
-    for (int64_t i = 0; i < wanted; ++i) {
-      const int64_t begin = middle + order[i] * spec_.block;
+    for (const int32_t block : PlacesOfLargest(ranks.data(), row.blocks, wanted)) {
+      const int64_t begin = middle + block * spec_.block;
       if (!runs.empty() && runs.back().end == begin) {
         runs.back().end += spec_.block;
       } else {
@@ -137,7 +132,7 @@ class Chooser {
   const SelectionSpec& spec_;
   const BlockBounds& bounds_;
   std::vector<SelectingRow> rows_;
-  std::vector<float> scores_;
+  float* scores_ = nullptr;
   int64_t most_blocks_ = 0;
 };
 

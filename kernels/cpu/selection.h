@@ -48,6 +48,8 @@ struct SelectionSpec {
   int64_t budget = 0;  // tokens chosen, at least
   float share = 0;     // of the blocks chosen, at least
   float reach = 1;     // kPages: of what ranks a block, from the middle of its keys to the bound
+  // Whether a dense cache has the means of blocks, and no bounds.
+  bool by_mean() const { return reach == 0; }
   int64_t dense_below = 0;  // with fewer tokens everything is read
   int64_t refresh = 0;      // kTopK: a choice serves fewer steps than this; 0: one
   float similarity = 1;     // kTopK: and queries whose cosine with its own is at least this
@@ -79,6 +81,7 @@ class ChosenSlots {
   // With one head, all key heads share its runs.
   ChosenSlots(int64_t rows, int64_t heads) : heads_(heads), runs_(rows * heads) {}
 
+  bool shared() const { return heads_ == 1; }
   bool Selects(int64_t row) const { return !runs_.empty() && !runs_[row * heads_].empty(); }
   std::vector<SlotRun>& Runs(int64_t row, int64_t head) {
     return runs_[row * heads_ + head % heads_];

@@ -32,6 +32,7 @@ void SinkStorage::Step(const Kernels& kernels, const AttentionOperands& operands
                        const std::vector<CacheTensor>& past,
                        const std::vector<CacheTensor>& present, const ParallelFunction& parallel,
                        float* y) const {
+  if (operands.bias != nullptr) throw Error("a selection takes no bias");
   const NewTokens tokens(form_, operands, parallel);
   for (int64_t at = 0; at < operands.batch * form_.kv_heads; ++at) {
     WriteSinks(kernels, form_, operands, tokens, selection_, &past[kSinks], &present[kSinks],

@@ -135,19 +135,14 @@ void BlockReader::WeighPage(const uint8_t* page, const float* weights, int64_t m
   CopyRows(packed, e, m, e, sums, PaddedRow(e));
 }
 
-void BlockReader::TokenValue(int64_t row, int64_t head, int64_t slot, const float* weights,
-                             int64_t m, float* sums) const {
-  const int64_t e = form_.value_size;
+void BlockReader::Value(int64_t row, int64_t head, int64_t slot, float* out) const {
   const TokenSpan run = store_.Run(row, head, slot, slot + 1);
-  TokenRows value = run.values;
-  if (run.page != nullptr) {
-    const PageLayout& layout = *store_.layout();
-    float* const decoded = ThreadFloats(kPageRows, PaddedRow(e));
-    const int64_t place = slot - store_.BlockBegin(row, slot);
-    DecodeValue(kernels_, layout, run.page, StoredPlace(layout, run.page, place), decoded);
-    value = {decoded, Type::kFloat, e};
+  if (run.page == nullptr) {
+    return pieces_.widen(run.values.data, run.values.type, form_.value_size, out);
   }
-  pieces_.values(weights, kScoreStride, m, value, 1, e, sums, PaddedRow(e), 0);
+  const PageLayout& layout = *store_.layout();
+  const int64_t place = slot - store_.BlockBegin(row, slot);
+  DecodeValue(kernels_, layout, run.page, StoredPlace(layout, run.page, place), out);
 }
 
 void BlockReader::PrefetchValue(int64_t row, int64_t head, int64_t slot) const {
@@ -160,6 +155,7 @@ void BlockReader::PrefetchValue(int64_t row, int64_t head, int64_t slot) const {
   const auto* const bytes = static_cast<const char*>(run.values.data);
   const int64_t count = form_.value_size * ElementBytes(run.values.type);
   for (int64_t i = 0; i < count; i += kLineBytes) __builtin_prefetch(bytes + i);
+  __builtin_prefetch(bytes + count - 1);  // rows need not begin with a line
 }
 
 void BlockReader::WidenPage(const uint8_t* page, float* panels, float* values) const {

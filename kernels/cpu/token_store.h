@@ -53,9 +53,8 @@ class BlockReader {
   // Adds weighted values to sums, PaddedRow(E) apart. Prefetches the keys of `next`.
   void Values(const BlockPlace& block, const float* weights, int64_t m, bool ordered, float* sums,
               const BlockPlace& next) const;
-  // The same of one token in a block that may be longer.
-  void TokenValue(int64_t row, int64_t head, int64_t slot, const float* weights, int64_t m,
-                  float* sums) const;
+  // The value of one token, as floats.
+  void Value(int64_t row, int64_t head, int64_t slot, float* out) const;
   void PrefetchValue(int64_t row, int64_t head, int64_t slot) const;
   // Panels of transposed keys, and rows of E values, in slot order.
   void Widen(const BlockPlace& block, float* panels, float* values) const;

@@ -1,12 +1,12 @@
 #include "cpu/token_votes.h"
 
 #include <algorithm>
-#include <array>
-#include <bit>
 #include <cmath>
 #include <cstring>
 #include <functional>
 #include <limits>
+
+#include "cpu/largest.h"
 
 namespace effc {
 namespace {
@@ -21,43 +21,6 @@ struct VotingRow {
   std::vector<Normaliser> partial;  // [part][H]
   float* votes;                     // of the slots it chooses from
 };
-
-// The least of the `wanted` largest of numbers that are not negative: most are told apart by their
-// upper bits.
-float LeastOf(const float* numbers, int64_t count, int64_t wanted) {
-  constexpr int kLowBits = 20;
-  std::array<int32_t, 1 << (31 - kLowBits)> counts{};
-  for (int64_t i = 0; i < count; ++i) ++counts[std::bit_cast<uint32_t>(numbers[i]) >> kLowBits];
-  size_t bin = counts.size();
-  int64_t larger = 0;
-  do {
-    larger += counts[--bin];
-  } while (larger < wanted);
-  std::vector<float> same;
-  for (int64_t i = 0; i < count; ++i) {
-    if (std::bit_cast<uint32_t>(numbers[i]) >> kLowBits == bin) same.push_back(numbers[i]);
-  }
-  const auto place = same.begin() + wanted - 1 - (larger - counts[bin]);
-  std::nth_element(same.begin(), place, same.end(), std::greater<float>());
-  return *place;
-}
-
-// Places of the `wanted` largest numbers, ascending; of equal ones, the first.
-std::vector<int32_t> Largest(const float* numbers, int64_t count, int64_t wanted) {
-  const float least = LeastOf(numbers, count, wanted);
-  std::vector<int32_t> places;
-  places.reserve(wanted);
-  int64_t equal = wanted;  // that are among them
-  for (int64_t i = 0; i < count; ++i) {
-    if (!(numbers[i] >= least)) continue;
-    places.push_back(static_cast<int32_t>(i));
-    equal -= numbers[i] > least ? 1 : 0;
-  }
-  if (static_cast<int64_t>(places.size()) > wanted) {
-    std::erase_if(places, [&](int32_t i) { return numbers[i] == least && --equal < 0; });
-  }
-  return places;
-}
 
 class Voting {
  public:
@@ -100,19 +63,19 @@ class Voting {
     TokenShares& shares = voted_.shares[row];
     shares.begin = start + spec_.sinks;
     shares.end = shares.begin + middle;
-    shares.stride = PaddedRow(middle);
     shares.bases.resize(form_.heads);
     VotingRow voting{row, wanted, {}, nullptr};
     for (int64_t from = shares.begin, to = from; from < shares.end; from = to) {
       while (to < shares.end && to - from < kPartTokens) to = store_.BlockEnd(row, to, shares.end);
-      shares.parts.push_back({from, to});
+      shares.parts.push_back({from, to, shares.stride});
+      shares.stride += PaddedRow(to - from) + kRowPadding;  // scores are written in whole vectors
     }
     voting.partial.resize(shares.parts.size() * form_.heads);
     shares.factors.resize(voting.partial.size());
     rows_.push_back(std::move(voting));
   }
 
-  // One piece for all rows, which the thread keeps: fresh memory costs more than what it is for.
+  // One piece for all rows.
   void TakeMemory() {
     int64_t floats = 0;
     for (const VotingRow& row : rows_) floats += (form_.heads + 1) * Shares(row).stride;
@@ -141,25 +104,23 @@ class Voting {
   // Shares of a part among itself.
   void Score(VotingRow& row, int64_t part, int64_t head) {
     const int64_t group = form_.group();
-    const SlotRun slots = Shares(row).parts[part];
+    const TokenShares& shares = Shares(row);
+    const TokenShares::Part& slots = shares.parts[part];
     const int64_t count = slots.end - slots.begin;
-    const int64_t stride = PaddedRow(kPartTokens + kLongestBlock);
     const float* const queries = tokens_.Query(row.row, head, operands_.seq - 1);
-    float* const scores = ThreadFloats(kPartScores, group * stride);
+    float* const scores = shares.At(head * group, slots, slots.begin);
     for (int64_t from = slots.begin, to = from; from < slots.end; from = to) {
       to = store_.BlockEnd(row.row, from, slots.end);
       reader_.KeyScores({row.row, head, from, to}, queries, group, scores + from - slots.begin,
-                        stride);
+                        shares.stride);
     }
     const uint8_t* const valid = operands_.valid + row.row * operands_.total + slots.begin;
     const bool all = std::memchr(valid, 0, count) == nullptr;
     std::vector<QueryRow> state(group, QueryRow{-kInfinity, 0, slots.begin, slots.end, nullptr});
     const SlotBlock block{slots.begin, count, all ? nullptr : valid, form_.scale, form_.softcap};
-    pieces_.absorb(state.data(), group, block, scores, stride, nullptr, 0, 0);
+    pieces_.absorb(state.data(), group, block, scores, shares.stride, nullptr, 0, 0);
     for (int64_t g = 0; g < group; ++g) {
-      const int64_t h = head * group + g;
-      std::memcpy(Shares(row).At(h, slots.begin), scores + g * stride, count * sizeof(float));
-      row.partial[part * form_.heads + h] = {state[g].max, state[g].sum};
+      row.partial[part * form_.heads + head * group + g] = {state[g].max, state[g].sum};
     }
   }
 
@@ -188,11 +149,11 @@ class Voting {
   // What every slot of a part gets from all heads.
   void Vote(VotingRow& row, int64_t part) {
     const TokenShares& all = Shares(row);
-    const SlotRun slots = all.parts[part];
+    const TokenShares::Part& slots = all.parts[part];
     const int64_t count = slots.end - slots.begin;
     float* const votes = ThreadFloats(kPartScores, PaddedRow(count));
     std::fill(votes, votes + count, 0.0f);
-    const TokenRows shares{all.At(0, slots.begin), Type::kFloat, all.stride};
+    const TokenRows shares{all.At(0, slots, slots.begin), Type::kFloat, all.stride};
     pieces_.values(all.factors.data() + part * form_.heads, form_.heads, 1, shares, form_.heads,
                    count, votes, PaddedRow(count), 0);
     std::memcpy(row.votes + slots.begin - all.begin, votes, count * sizeof(float));
@@ -208,7 +169,7 @@ class Voting {
     const int64_t start = tokens_.Start(row.row);
     if (start < all.begin) runs.push_back({start, all.begin});
     int64_t next = -1;
-    for (const int32_t t : Largest(row.votes, count, row.wanted)) {
+    for (const int32_t t : PlacesOfLargest(row.votes, count, row.wanted)) {
       if (t == next) {
         ++runs.back().end;
       } else {

@@ -13,15 +13,23 @@ namespace effc {
 // each query head gives each of them, as a product: within a part of the slots, and of that part.
 // The memory is the calling thread's, up to its next step.
 struct TokenShares {
+  // Slots, cut at blocks of the store, and the place of the first among the shares of a head.
+  struct Part {
+    int64_t begin;
+    int64_t end;
+    int64_t place;
+  };
   int64_t begin = 0;
   int64_t end = 0;
-  std::vector<SlotRun> parts;  // of the slots, cut at blocks of the store
+  std::vector<Part> parts;
   int64_t stride = 0;
   float* within = nullptr;     // [H][stride]
   std::vector<float> factors;  // [part][H]
   std::vector<float> bases;    // [H]: ln of the sum of exp(score) over the slots
 
-  float* At(int64_t head, int64_t slot) const { return within + head * stride + slot - begin; }
+  float* At(int64_t head, const Part& part, int64_t slot) const {
+    return within + head * stride + part.place + slot - part.begin;
+  }
 };
 
 // What every row reads, the same for all key heads, and the shares of rows that select.

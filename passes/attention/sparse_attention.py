@@ -65,15 +65,15 @@ class SparseAttention(Pass):
 
     After (`sparse-attention{budget=1024}`):
 
-        y, present.0.key, present.0.value, present.0.bounds = effc.CachedAttention(
-            …, past_key_values.0.key, past_key_values.0.value, past_key_values.0.bounds)
-            {selection="pages", select_block=16, select_budget=1024, …}
+        y, present.0.key, present.0.value, present.0.means = effc.CachedAttention(
+            …, past_key_values.0.key, past_key_values.0.value, past_key_values.0.means)
+            {selection="pages", select_block=8, select_budget=1024, …}
 
     After `kv-cache{scheme=int4}` the pages of the cache are the blocks, and their parameters the bounds: no tensor is
     added.
 
     Attributes:
-        scheme: `pages`: blocks of tokens by the least and the largest element of every key channel (Quest). `topk`:
+        scheme: `pages`: blocks of tokens by their mean key, or by the bounds of their channels (Quest). `topk`:
             single tokens by the attention of all heads together (TokenSelect). `window`: the last tokens in a ring and
             the first ones (StreamingLLM, LM-Infinite). `clusters`: of a prefix made with `effc prefix`, the clusters of
             keys that matter to a query (Squeezed Attention). `evict`: those that the last queries attend to, the others
@@ -85,7 +85,7 @@ class SparseAttention(Pass):
             `share`. `evict`: tokens that stay when the cache is full, sinks and recent ones included;
             None: 2048. `retain`: tokens that the cache has room for; None: 2048.
         share: `pages`, `topk`, `lowrank`: share of the blocks, tokens or chunks that a step reads, at least.
-        block: `pages`: tokens of a block of a dense cache; None: 16. A coded cache has its pages. `evict`: tokens
+        block: `pages`: tokens of a block of a dense cache; None: 8. A coded cache has its pages. `evict`: tokens
             beyond the budget that a full cache has and loses then; None: one in 16 of the budget, at most 256.
             `retain`: tokens that a full cache makes room for, at least; None: one in 64 of the budget, at most 256.
             `stride`: tokens of a block; None: 64. `lowrank`: tokens of a chunk, to 128; None: 8.
@@ -104,8 +104,8 @@ class SparseAttention(Pass):
         middle: `stride`: whether the middle third of the layers reads the pattern, too; None: it reads everything.
         longest: `lowrank`: most tokens of a prefix; None: 32768. The engine has cosines and sines of so many positions.
         dense_below: `pages`, `topk`, `lowrank`: with fewer cached tokens than this, everything is read.
-        reach: `pages`: what ranks a block, from 0, the score of the middle of its bounds, to 1, the largest score that
-            they allow (Quest); None: 0.6, which is better than either.
+        reach: `pages`: what ranks a block, from 0, the score of the mean of its keys, or of the middle of its bounds in
+            a coded cache, to 1, the largest score that bounds allow (Quest); None: 0, and 0.6 over a coded cache.
         refresh: `topk`: most steps that one choice of tokens serves, over a dense cache; None: 1.
         similarity: `topk` with `refresh`: cosine of a query with the one that chose, from which on the choice serves
             it; None: 0.9.

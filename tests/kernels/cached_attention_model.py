@@ -14,6 +14,7 @@ from attention_oracle import Form
 from onnx import TensorProto, helper
 
 from effc import kernels
+from effc.ir.dialect.cached_attention import NO_SELECTION, NO_STORAGE
 
 TYPES = {
     np.dtype(np.float32): TensorProto.FLOAT,
@@ -23,33 +24,11 @@ TYPES = {
     np.dtype(np.int32): TensorProto.INT32,
     np.dtype(np.bool_): TensorProto.BOOL,
 }
-ALL_TOKENS: dict[str, object] = {
-    "selection": "all",
-    "select_sinks": 0,
-    "select_recent": 0,
-    "select_block": 0,
-    "select_budget": 0,
-    "select_share": 0.0,
-    "dense_below": 0,
-    "select_positions": "none",
-    "select_pool": 0,
-    "select_stride": 0,
-    "select_refresh": 0,
-    "select_similarity": 0.0,
-    "select_reach": 0.0,
-}
-DENSE: dict[str, object] = ALL_TOKENS | {
+DENSE: dict[str, object] = {
     "storage": "dense",
-    "ring": 0,
-    "sinks": 0,
-    "recent": 0,
-    "page": 0,
-    "key_scheme": "none",
-    "value_scheme": "none",
-    "key_group": 0,
-    "value_group": 0,
-    "salient": 0,
-    "importance": "none",
+    **{name: value for name, value in NO_STORAGE.items() if value != ()},
+    "selection": "all",
+    **NO_SELECTION,
 }
 OPTIONAL = ("bias", "cos", "sin")
 
@@ -64,8 +43,9 @@ class Model:
     def run(
         self, feeds: Mapping[str, np.ndarray], past: Sequence[np.ndarray], in_place: bool = False
     ) -> tuple[np.ndarray, list[np.ndarray]]:
-        """The result and the cache; `in_place` binds each past tensor as its own present."""
+        """The result and the cache; `in_place` binds each past tensor, which is changed, as its own present."""
         binding = self.session.io_binding()
+        past = [np.ascontiguousarray(array) for array in past]
         bound = [to_ortvalue(array) for array in past]
         for name, array in feeds.items():
             binding.bind_ortvalue_input(name, to_ortvalue(array))
@@ -79,14 +59,15 @@ class Model:
                 binding.bind_output(f"present{i}", "cpu")
         self.session.run_with_iobinding(binding)
         outputs = binding.get_outputs()
-        return outputs[0].numpy(), [from_ortvalue(value) for value in outputs[1:]]
+        return outputs[0].numpy(), past if in_place else [from_ortvalue(value) for value in outputs[1:]]
 
 
 def to_ortvalue(array: np.ndarray) -> ort.OrtValue:
-    """A copy of the array."""
+    """The array itself, if its elements follow each other."""
+    array = np.ascontiguousarray(array)
     if array.dtype == ml_dtypes.bfloat16:
-        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16).copy(), TensorProto.BFLOAT16)
-    return ort.OrtValue.ortvalue_from_numpy(array.copy())
+        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16), TensorProto.BFLOAT16)
+    return ort.OrtValue.ortvalue_from_numpy(array)
 
 
 def from_ortvalue(value: ort.OrtValue) -> np.ndarray:

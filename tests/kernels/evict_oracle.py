@@ -7,27 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from attention_oracle import Form, rotate, split
 
-
-@dataclass(frozen=True)
-class Evict:
-    """Attributes of the selection."""
-
-    budget: int
-    sinks: int = 2
-    recent: int = 6
-    block: int = 6
-    pool: int = 5
-
-    @property
-    def places(self) -> int:
-        return self.budget + self.block
-
-    def attributes(self) -> dict[str, object]:
-        return {
-            "selection": "evict",
-            "ring": self.places,
-            **{f"select_{name}": getattr(self, name) for name in ("budget", "sinks", "recent", "block", "pool")},
-        }
+from effc.ir.dialect.selections import EvictSelection
 
 
 @dataclass
@@ -44,7 +24,7 @@ class RowOracle:
     """One row without padding in front of it: what every key head keeps, and all of its queries."""
 
     form: Form
-    evict: Evict
+    evict: EvictSelection
     dtype: np.dtype
     kept: list[list[Kept]] = field(default_factory=list)
     queries: list[np.ndarray | None] = field(default_factory=list)
@@ -68,7 +48,7 @@ class RowOracle:
         result = self._attend(q, before, fresh)
         for head, new in enumerate(fresh):
             candidates = self.kept[head] + new
-            if len(candidates) > self.evict.places:
+            if len(candidates) > self.evict.budget + self.evict.block:
                 candidates = [candidates[i] for i in self._chosen(head, candidates)]
             self.kept[head] = [Kept(one.number, self._stored(one.key), self._stored(one.value)) for one in candidates]
         return result

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, replace
 
 import numpy as np
+from attention_feeds import angles
 from attention_oracle import Form, rotate
 
 BLOCK = 8
@@ -38,21 +39,21 @@ class Prefix:
     def inputs(self) -> dict[str, np.ndarray]:
         return dict(vars(self))
 
+    def cast(self, dtype: np.dtype) -> Prefix:
+        """With matrices of another type."""
+        return Prefix(*(one if one.dtype == np.int32 else one.astype(dtype) for one in self.inputs().values()))
+
     @property
     def count(self) -> int:
         return self.tokens.shape[1]
 
 
-def angles_of(form: Form, positions: int) -> tuple[np.ndarray, np.ndarray]:
-    """Cosines and sines float32 [1, positions, R / 2]."""
-    angles = np.arange(positions)[:, None] / 50.0 ** np.linspace(0, 1, form.rotary_size // 2)
-    return np.cos(angles).astype(np.float32)[None], np.sin(angles).astype(np.float32)[None]
-
-
 def rebuilt(form: Form, prefix: Prefix) -> np.ndarray:
     """Keys [K, P, D] as queries meet them, without outliers."""
     plain = np.einsum("pr,kdr->kpd", *(one[0].astype(np.float64) for one in (prefix.tokens, prefix.basis)))
-    return rotate(plain[None], *angles_of(form, prefix.count), form)[0] if form.rotary != "none" else plain
+    if form.rotary == "none":
+        return plain
+    return rotate(plain[None], *angles(form, np.arange(prefix.count)[None]), form)[0]
 
 
 def keys_of(form: Form, prefix: Prefix) -> np.ndarray:
@@ -62,17 +63,24 @@ def keys_of(form: Form, prefix: Prefix) -> np.ndarray:
     return keys.reshape(form.kv_heads, -1, form.head_size)
 
 
-def random_prefix(form: Form, count: int, rank: int, outliers: int, dtype: np.dtype, seed: int = 5) -> Prefix:
-    """Random matrices, landmarks that are the means of what they make, and other keys of some chunks."""
-    rng = np.random.default_rng(seed)
+def random_outliers(form: Form, count: int, outliers: int) -> np.ndarray:
+    """So many chunks of every key head, ascending."""
+    rng = np.random.default_rng(5)
+    chosen = [np.sort(rng.permutation(count // BLOCK)[:outliers]) for _ in range(form.kv_heads)]
+    return np.array([chosen], np.int32)
+
+
+def random_prefix(form: Form, count: int, rank: int, outliers: np.ndarray, dtype: np.dtype) -> Prefix:
+    """Random matrices, landmarks that are the means of what they make, and other keys of the chunks `outliers`."""
+    rng = np.random.default_rng(5)
     heads, d, chunks = form.kv_heads, form.head_size, count // BLOCK
     prefix = Prefix(
         rng.standard_normal((1, count, rank)).astype(dtype),
         (rng.standard_normal((1, heads, d, rank)) / math.sqrt(rank)).astype(dtype),
         rng.standard_normal((1, heads, count, form.value_size)).astype(dtype),
         np.zeros((1, heads, chunks, d), dtype),
-        np.array([[np.sort(rng.permutation(chunks)[:outliers]) for _ in range(heads)]], np.int32),
-        rng.standard_normal((1, heads, outliers, BLOCK, d)).astype(dtype),
+        outliers,
+        rng.standard_normal((1, heads, outliers.shape[2], BLOCK, d)).astype(dtype),
     )
     landmarks = keys_of(form, prefix).reshape(heads, chunks, BLOCK, d).mean(axis=2)
     return replace(prefix, landmarks=landmarks[None].astype(dtype))

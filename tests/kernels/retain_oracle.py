@@ -5,34 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import numpy as np
+from attention_feeds import angles
 from attention_oracle import Form, rotate, split
 
-BASE = 50.0
-"""Of the angles: pair j of a key at place p is turned by `p / BASE ** (j / (R / 2 - 1))`."""
+from effc.ir.dialect.selections import RetainSelection
 
 
-@dataclass(frozen=True)
-class Retain:
-    """Attributes of the selection."""
-
-    budget: int
-    sinks: int = 2
-    recent: int = 6
-    block: int = 1
-
-    @property
-    def longest(self) -> int:
-        return self.budget - self.sinks - 1
-
-    def attributes(self) -> dict[str, object]:
-        return {
-            "selection": "retain",
-            "ring": self.budget,
-            **{f"select_{name}": getattr(self, name) for name in ("budget", "sinks", "recent", "block")},
-        }
-
-
-def retained(retain: Retain, numbers: list[int], scores: np.ndarray, incoming: int) -> list[int]:
+def retained(retain: RetainSelection, numbers: list[int], scores: np.ndarray, incoming: int) -> list[int]:
     """Which of the kept tokens stay before so many new ones come; scores by token."""
     if len(numbers) + incoming <= retain.budget:
         return numbers
@@ -46,18 +25,12 @@ def retained(retain: Retain, numbers: list[int], scores: np.ndarray, incoming: i
     return sorted(stays)
 
 
-def place_angles(form: Form, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Cosines and sines [1, places, R / 2], float32."""
-    turns = places[None, :, None] / BASE ** np.linspace(0, 1, form.rotary_size // 2)
-    return np.cos(turns).astype(np.float32), np.sin(turns).astype(np.float32)
-
-
 @dataclass
 class RowOracle:
     """One row without padding in front of it."""
 
     form: Form
-    retain: Retain
+    retain: RetainSelection
     dtype: np.dtype
     numbers: list[int] = field(default_factory=list)
     keys: list[np.ndarray] = field(default_factory=list)
@@ -98,7 +71,7 @@ class RowOracle:
 
     def _turned(self, x: np.ndarray, places: np.ndarray) -> np.ndarray:
         """Rows [heads, n, D] at their places."""
-        cos, sin = place_angles(self.form, places)
+        cos, sin = angles(self.form, places[None])
         return rotate(x[None], cos, sin, self.form)[0]
 
     def _attend(self, query: np.ndarray, keys: np.ndarray, values: np.ndarray) -> np.ndarray:

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
-from attention_oracle import Form
+from attention_feeds import FORMS, TOKENS, tokens_of
 from cached_attention_model import open_model
-from selected_cache import DENSE, F32, FORMS, PAGED, TOKENS, Cache, Expected, part, tokens_of
-from selection_oracle import Selection
+from selected_cache import Cache, attributes_of
+from selection_cases import topk_selection
+from stored_tokens import StoredTokens
 
-from effc.kernels.read_log import logged_reads
+from effc.ir.dialect.selections import TopKSelection
 
 FORM = FORMS["gqa"]
 PROMPT = 200
 
 
-def selection(**options: float) -> Selection:
-    return Selection("topk", block=1, budget=24, **options)
+def selection(**options: float) -> TopKSelection:
+    return topk_selection(budget=24, **options)
 
 
 def alike(feeds: dict[str, np.ndarray], begin: int = PROMPT) -> dict[str, np.ndarray]:
@@ -27,12 +26,10 @@ def alike(feeds: dict[str, np.ndarray], begin: int = PROMPT) -> dict[str, np.nda
     return feeds
 
 
-def read(cache: Cache, feeds: dict[str, np.ndarray], row: int = 0) -> set[int]:
+def read(cache: Cache, feeds: dict[str, np.ndarray]) -> set[int]:
     """Tokens that one step reads."""
-    with logged_reads() as found:
-        cache.step(feeds, 1)
-    of_row = [one for one in found if one.row == row]
-    sets = [{token for begin, end in one.runs for token in range(begin, end)} for one in of_row]
+    _, found = cache.logged_step(feeds)
+    sets = [set(tokens.tolist()) for (row, _), tokens in found.items() if row == 0]
     assert all(one == sets[0] for one in sets)
     return sets[0]
 
@@ -76,21 +73,8 @@ def test_what_is_read_again_matches_float64(name: str, storage: str, isa: str) -
     for _ in range(5):
         tokens = [token for token in chosen if token < PROMPT - 12]
         slots = np.array([*tokens, *range(PROMPT - 12, cache.tokens + 1)])
-        wanted = attention(Expected(cache, cache.selection, feeds), slots)
-        np.testing.assert_allclose(cache.step(feeds, 1)[0, 0], wanted, atol=2e-5)
-
-
-def attention(expected: Expected, slots: np.ndarray) -> np.ndarray:
-    """Of the next token over some slots."""
-
-    class Fixed(Expected):
-        def _read(self, head: int, queries: np.ndarray) -> np.ndarray:
-            mask = np.zeros(self.before + 1, bool)
-            mask[slots] = True
-            return mask
-
-    expected.__class__ = Fixed
-    return expected.step()[0]
+        wanted = StoredTokens(cache, feeds).attention({(0, head): slots for head in range(form.kv_heads)})
+        np.testing.assert_allclose(cache.step(feeds, 1)[:, 0], wanted, atol=2e-5)
 
 
 def test_a_prompt_in_between_is_the_end_of_a_choice() -> None:
@@ -102,48 +86,34 @@ def test_a_prompt_in_between_is_the_end_of_a_choice() -> None:
     assert len(tokens) == 4 + 24 + 13
 
 
-def test_rows_remember_alone_and_copies_are_alike() -> None:
-    feeds = alike(tokens_of(FORM, batch=2))
-    feeds["valid"][1, :57] = False
-    options = selection(refresh=3, similarity=0.9)
-    cache = Cache(FORM, "float32", options, batch=2)
-    together = cache.run(feeds, [PROMPT, *[1] * 8])
-    alone = {name: array[1:, 57:] for name, array in feeds.items()}
-    found = Cache(FORM, "float32", options).run(alone, [PROMPT - 57, *[1] * 8])
-    assert np.array_equal(found[0, -8:], together[1, -8:])
-    at = cache.tokens
+def test_copies_remember_alike() -> None:
+    feeds = alike(tokens_of(FORM, batch=2, firsts=(0, 57)))
+    cache = Cache(FORM, "float32", selection(refresh=3, similarity=0.9), batch=2)
+    cache.run(feeds, [PROMPT, *[1] * 8])
     for _ in range(4):
-        step = part(feeds, at, at + 1)
-        (first, copied), past = cache.model.run(step, cache.past), [one.copy() for one in cache.past]
-        second, in_place = cache.model.run(step, cache.past, in_place=True)
-        assert np.array_equal(first, second)
-        for one, other in zip(copied, in_place, strict=True):
+        at, past = cache.tokens, [one.copy() for one in cache.past]
+        first, copied = cache.attempt(feeds, 1)
+        assert np.array_equal(first, cache.step(feeds, 1))
+        for one, other in zip(copied, cache.past, strict=True):
             assert np.array_equal(one[:, :at] if one.ndim == 2 else one, other[:, :at] if one.ndim == 2 else other)
-        cache.past, at = in_place, at + 1
         assert not all(np.array_equal(*pair) for pair in zip(past, cache.past, strict=True))
 
 
 @pytest.mark.parametrize(
-    ("form", "storage", "options", "message"),
+    ("options", "message"),
     [
-        (FORM, DENSE, {"select_refresh": -1}, "'select_refresh' is -1"),
-        (FORM, DENSE, {"select_similarity": 1.5}, "'select_similarity' is 1.5"),
-        (replace(FORM, head_size=32), "int8", {"select_refresh": 2}, "select_refresh must be 0"),
+        ({"select_refresh": -1}, "'select_refresh' is -1"),
+        ({"select_similarity": 1.5}, "'select_similarity' is 1.5"),
     ],
 )
-def test_what_there_is_not(form: Form, storage: object, options: dict[str, object], message: str) -> None:
-    from dataclasses import asdict
-
-    attributes = dict(DENSE) if storage == DENSE else DENSE | asdict(PAGED[str(storage)]) | {"storage": "pages"}
-    past = Cache(form, "float32", selection(refresh=2)).past
+def test_what_there_is_not(options: dict[str, object], message: str) -> None:
+    cache = Cache(FORM, "float32", selection(refresh=2))
     with pytest.raises(Exception, match=message):
-        open_model(form, past, storage=attributes | selection().attributes() | options)
+        open_model(FORM, cache.past, storage=attributes_of(cache.kept_as, cache.selection) | options)
 
 
 def test_a_short_memory_is_refused() -> None:
     cache = Cache(FORM, "float32", selection(refresh=2))
-    feeds = tokens_of(FORM)
-    short = [*cache.past[:2], cache.past[2][:, :50], *cache.past[3:]]
+    cache.past[2], cache.tokens = cache.past[2][:, :50], 100
     with pytest.raises(Exception, match="has 50 flags"):
-        cache.model.run(part(feeds, 100, 101), short)
-    assert cache.past[3].dtype == F32
+        cache.step(tokens_of(FORM), 1)

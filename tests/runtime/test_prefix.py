@@ -198,7 +198,7 @@ def test_a_failure_leaves_the_old_prefix(engine: Engine, prefix: Path, monkeypat
     def fail(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("effc.runtime.prefix.write_synced", fail)
+    monkeypatch.setattr("effc.runtime.write_prefix.write_synced", fail)
     with pytest.raises(KeyboardInterrupt):
         engine.write_prefix("other", prefix)
     assert engine.open_prefix(prefix).manifest.text == START

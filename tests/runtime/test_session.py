@@ -158,6 +158,12 @@ def lm_feeds(ids: list[int], start: int) -> dict[str, np.ndarray]:
     }
 
 
+def test_a_session_remembers_no_plan_for_each_length(make_lm: MakeLm) -> None:
+    """It would grow by a kilobyte with every token."""
+    with load(make_lm()) as engine:
+        assert not engine.session.get_session_options().enable_mem_pattern
+
+
 def test_feeds_are_checked_before_anything_runs(make_lm: MakeLm) -> None:
     good = lm_feeds([1, 2, 3], 0)
     past = {f"past_key_values.{layer}.{kind}": np.zeros((1, 2, 0, 8), np.float32) for layer in (0, 1)

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Self
-
-import onnx_ir as ir
+from typing import TYPE_CHECKING, ClassVar
 
 from effc.ir.dialect.cache_storage import HeadSizes, StateTensor, Storage
 from effc.ir.dialect.selections.base import TokenSelection
@@ -20,15 +17,6 @@ class AllTokens(TokenSelection):
     """Every token is read."""
 
     kind: ClassVar[str] = "all"
-
-    @classmethod
-    def read(cls, attributes: Mapping[str, ir.Attr]) -> Self:
-        """The only one."""
-        return cls()
-
-    def attributes(self) -> dict[str, int | float | str]:
-        """None."""
-        return {}
 
     def tensors(self, storage: Storage, sizes: HeadSizes) -> tuple[StateTensor, ...]:
         """None."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, ClassVar, Self
 
+import numpy as np
 import onnx_ir as ir
 
 from effc.errors import InputError
@@ -15,8 +18,9 @@ if TYPE_CHECKING:
     from effc.ir.dialect.cached_attention import AttentionForm
 
 
+@dataclass(frozen=True)
 class TokenSelection(ABC):
-    """A selection: frozen, checked when it is made.
+    """A selection, checked when it is made. Its fields are attributes of the op: `sinks` is `select_sinks`, and so on.
 
     Class attributes:
         kind: Value of the attribute `selection`.
@@ -33,17 +37,21 @@ class TokenSelection(ABC):
     prefix: ClassVar[Mapping[str, ir.DataType | None]] = {}
 
     @classmethod
-    @abstractmethod
     def read(cls, attributes: Mapping[str, ir.Attr]) -> Self:
         """The selection of a node with these attributes.
 
         Raises:
             InputError: A value that the op does not have.
         """
+        return cls(**{field.name: attributes[_attribute(field.name)].value for field in fields(cls)})
 
-    @abstractmethod
     def attributes(self) -> dict[str, int | float | str]:
-        """The attributes that are not those of no selection."""
+        """The attributes that are not those of no selection; floats as float32 has them."""
+        values = {_attribute(field.name): (getattr(self, field.name), field.default) for field in fields(self)}
+        return {
+            name: float(np.float32(value)) if isinstance(default, float) else value
+            for name, (value, default) in values.items()
+        }
 
     @abstractmethod
     def tensors(self, storage: Storage, sizes: HeadSizes) -> tuple[StateTensor, ...]:
@@ -71,3 +79,15 @@ def require(holds: bool, problem: str) -> None:
     """Raise InputError with the problem unless it holds."""
     if not holds:
         raise InputError(problem)
+
+
+def require_between(selection: TokenSelection, names: Sequence[str], least: float, most: float = math.inf) -> None:
+    """Raise InputError unless these fields are from `least` to `most`."""
+    wanted = f"{least} or more" if most == math.inf else f"from {least} to {most}"
+    for name in names:
+        value = getattr(selection, name)
+        require(least <= value <= most, f"{name} is {value}, it must be {wanted}")
+
+
+def _attribute(field: str) -> str:
+    return field if field == "dense_below" else f"select_{field}"

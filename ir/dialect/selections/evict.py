@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar
 
 import onnx_ir as ir
 
 from effc.ir.dialect.cache_storage import BATCH, DenseStorage, HeadSizes, StateTensor, Storage
-from effc.ir.dialect.selections.base import TokenSelection, require
+from effc.ir.dialect.selections.base import TokenSelection, require, require_between
 
 if TYPE_CHECKING:
     from effc.ir.dialect.cached_attention import AttentionForm
 
 MOST_POOL = 255
 MOST_BLOCK = 2**20
-ATTRIBUTES = ("budget", "sinks", "recent", "block", "pool")
 MOST_BUDGET = (2**31 - 1) // 2
 
 
@@ -47,28 +45,19 @@ class EvictSelection(TokenSelection):
     pool: int = 15
 
     def __post_init__(self) -> None:
-        require(self.sinks >= 0, f"sinks is {self.sinks}, it must be 0 or more")
-        require(self.recent >= 1, f"recent is {self.recent}, it must be at least 1")
+        require_between(self, ("sinks",), 0)
+        require_between(self, ("recent",), 1)
         least = self.sinks + self.recent
         fits = least <= self.budget <= MOST_BUDGET
         require(fits, f"budget is {self.budget}, it must be from sinks + recent = {least} to {MOST_BUDGET}")
-        require(1 <= self.block <= MOST_BLOCK, f"block is {self.block}, it must be from 1 to {MOST_BLOCK}")
+        require_between(self, ("block",), 1, MOST_BLOCK)
         fits = 1 <= self.pool <= MOST_POOL and self.pool % 2 == 1
         require(fits, f"pool is {self.pool}, it must be odd, from 1 to {MOST_POOL}")
-
-    @classmethod
-    def read(cls, attributes: Mapping[str, ir.Attr]) -> Self:
-        """From `select_*`."""
-        return cls(**{name: attributes[f"select_{name}"].as_int() for name in ATTRIBUTES})
 
     @property
     def places(self) -> int:
         """Tokens that the cache has room for."""
         return self.budget + self.block
-
-    def attributes(self) -> dict[str, int | float | str]:
-        """All of this selection."""
-        return {f"select_{name}": getattr(self, name) for name in ATTRIBUTES}
 
     def tensors(self, storage: Storage, sizes: HeadSizes) -> tuple[StateTensor, ...]:
         """`token`, which one every place holds, and `query`, the last queries."""

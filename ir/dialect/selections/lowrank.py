@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import onnx_ir as ir
 
 from effc.ir.dialect.cache_storage import DenseStorage, HeadSizes, StateTensor, Storage
-from effc.ir.dialect.selections.base import TokenSelection, require
+from effc.ir.dialect.selections.base import TokenSelection, require_between
 
 if TYPE_CHECKING:
     from effc.ir.dialect.cached_attention import AttentionForm
@@ -55,26 +55,9 @@ class LowRankSelection(TokenSelection):
     dense_below: int = 0
 
     def __post_init__(self) -> None:
-        require(1 <= self.block <= MOST_BLOCK, f"block is {self.block}, it must be from 1 to {MOST_BLOCK}")
-        for name in ("budget", "dense_below"):
-            require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}, it must be 0 or more")
-        require(0 <= self.share <= 1, f"share is {self.share}, it must be from 0 to 1")
-
-    @classmethod
-    def read(cls, attributes: Mapping[str, ir.Attr]) -> Self:
-        """From `select_*` and `dense_below`."""
-        integers = {name: attributes[f"select_{name}"].as_int() for name in ("block", "budget")}
-        dense_below = attributes["dense_below"].as_int()
-        return cls(**integers, share=attributes["select_share"].as_float(), dense_below=dense_below)
-
-    def attributes(self) -> dict[str, int | float | str]:
-        """All of this selection."""
-        return {
-            "select_block": self.block,
-            "select_budget": self.budget,
-            "select_share": float(np.float32(self.share)),
-            "dense_below": self.dense_below,
-        }
+        require_between(self, ("block",), 1, MOST_BLOCK)
+        require_between(self, ("budget", "dense_below"), 0)
+        require_between(self, ("share",), 0, 1)
 
     def tensors(self, storage: Storage, sizes: HeadSizes) -> tuple[StateTensor, ...]:
         """None: the prefix does not change."""

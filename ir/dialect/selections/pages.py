@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import onnx_ir as ir
 
 from effc.ir.dialect.cache_storage import BATCH, PAST, DenseStorage, HeadSizes, PageStorage, StateTensor, Storage
-from effc.ir.dialect.selections.base import TokenSelection, require
+from effc.ir.dialect.selections.base import TokenSelection, require_between
 
 if TYPE_CHECKING:
     from effc.ir.dialect.cached_attention import AttentionForm
@@ -22,11 +21,12 @@ MOST_BLOCK = 256
 
 @dataclass(frozen=True)
 class PageSelection(TokenSelection):
-    """The blocks whose keys may have the largest scores, by the bounds of their channels.
+    """The blocks whose keys may have the largest scores, by their mean or by the bounds of their channels.
 
     Quest (Tang et al. 2024, arXiv 2406.10774, section 3): a query's score is at most the sum over channels of the
     larger of its products with the least and the largest element of a block. No key comes near that bound; a score on
-    the way to it from the middle of the bounds ranks blocks better. Query heads that share a key head share its blocks.
+    the way to it from the middle of the bounds ranks blocks better, and the mean of the keys as well with half of the
+    bytes. Query heads that share a key head share its blocks.
 
     Attributes:
         sinks: Tokens at the start that are always read.
@@ -35,8 +35,8 @@ class PageSelection(TokenSelection):
         budget: Tokens in blocks that are read, at least.
         share: Share of the blocks that are read, at least; float32.
         dense_below: With fewer cached tokens than this, everything is read.
-        reach: What ranks a block: 0: the score of the middle of its keys' bounds, 1: the largest score that they allow
-            (Quest), or between the two; float32.
+        reach: What ranks a block: 0: the score of the mean of its keys, where a dense cache has them, else of the
+            middle of their bounds; 1: the largest score that the bounds allow (Quest), or between the two; float32.
 
     Raises:
         InputError: A value that the op does not have.
@@ -45,44 +45,27 @@ class PageSelection(TokenSelection):
     kind: ClassVar[str] = "pages"
     sinks: int = 4
     recent: int = 32
-    block: int = 16
+    block: int = 8
     budget: int = 0
     share: float = 0.0
     dense_below: int = 0
-    reach: float = 0.6
+    reach: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("sinks", "recent", "budget", "dense_below"):
-            require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}, it must be 0 or more")
-        require(1 <= self.block <= MOST_BLOCK, f"block is {self.block}, it must be from 1 to {MOST_BLOCK}")
-        for name in ("share", "reach"):
-            require(0 <= getattr(self, name) <= 1, f"{name} is {getattr(self, name)}, it must be from 0 to 1")
-
-    @classmethod
-    def read(cls, attributes: Mapping[str, ir.Attr]) -> Self:
-        """From `select_*` and `dense_below`."""
-        integers = {name: attributes[f"select_{name}"].as_int() for name in ("sinks", "recent", "block", "budget")}
-        share, reach = (attributes[f"select_{name}"].as_float() for name in ("share", "reach"))
-        return cls(**integers, share=share, reach=reach, dense_below=attributes["dense_below"].as_int())
-
-    def attributes(self) -> dict[str, int | float | str]:
-        """All of this selection."""
-        return {
-            "select_sinks": self.sinks,
-            "select_recent": self.recent,
-            "select_block": self.block,
-            "select_budget": self.budget,
-            "select_share": float(np.float32(self.share)),
-            "dense_below": self.dense_below,
-            "select_reach": float(np.float32(self.reach)),
-        }
+        require_between(self, ("sinks", "recent", "budget", "dense_below"), 0)
+        require_between(self, ("block",), 1, MOST_BLOCK)
+        require_between(self, ("share", "reach"), 0, 1)
 
     def tensors(self, storage: Storage, sizes: HeadSizes) -> tuple[StateTensor, ...]:
-        """`bounds` of a dense cache; coded pages have theirs in their parameters."""
+        """`means` or `bounds` of a dense cache; coded pages have bounds in their parameters.
+
+        Keys of 32 bits have them in half of that: they only rank.
+        """
         if not isinstance(storage, DenseStorage):
             return ()
-        blocks = f"{PAST} // {self.block}"
-        return (StateTensor("bounds", storage.dtype, (BATCH, sizes.kv_heads, blocks, 2 * sizes.head_size)),)
+        dtype = ir.DataType.BFLOAT16 if storage.dtype == ir.DataType.FLOAT else storage.dtype
+        name, width = ("bounds", 2 * sizes.head_size) if self.reach else ("means", sizes.head_size)
+        return (StateTensor(name, dtype, (BATCH, sizes.kv_heads, f"{PAST} // {self.block}", width)),)
 
     def reason_against(self, form: AttentionForm, storage: Storage) -> str:
         """No window; pages must have bounds, and be the blocks."""

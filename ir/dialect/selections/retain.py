@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar
 
 import onnx_ir as ir
 
 from effc.ir.dialect.cache_storage import BATCH, DenseStorage, HeadSizes, StateTensor, Storage
-from effc.ir.dialect.selections.base import TokenSelection, require
+from effc.ir.dialect.selections.base import TokenSelection, require, require_between
 
 if TYPE_CHECKING:
     from effc.ir.dialect.cached_attention import AttentionForm
 
-ATTRIBUTES = ("budget", "sinks", "recent", "block")
 MOST = 2**20
 
 
@@ -44,21 +42,11 @@ class RetainSelection(TokenSelection):
     block: int = 32
 
     def __post_init__(self) -> None:
-        require(0 <= self.sinks <= MOST, f"sinks is {self.sinks}, it must be from 0 to {MOST}")
-        require(0 <= self.recent <= MOST, f"recent is {self.recent}, it must be from 0 to {MOST}")
-        require(1 <= self.block <= MOST, f"block is {self.block}, it must be from 1 to {MOST}")
+        require_between(self, ("sinks", "recent"), 0, MOST)
+        require_between(self, ("block",), 1, MOST)
         least = max(self.sinks + self.recent + self.block, self.sinks + 2)
         fits = least <= self.budget < 2**31
         require(fits, f"budget is {self.budget}, it must be from sinks + recent + block = {least} to {2**31 - 1}")
-
-    @classmethod
-    def read(cls, attributes: Mapping[str, ir.Attr]) -> Self:
-        """From `select_*`."""
-        return cls(**{name: attributes[f"select_{name}"].as_int() for name in ATTRIBUTES})
-
-    def attributes(self) -> dict[str, int | float | str]:
-        """All of this selection."""
-        return {f"select_{name}": getattr(self, name) for name in ATTRIBUTES}
 
     def tensors(self, storage: Storage, sizes: HeadSizes) -> tuple[StateTensor, ...]:
         """`token`, which one every place holds, for all heads."""

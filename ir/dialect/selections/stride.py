@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Self
-
-import onnx_ir as ir
+from typing import TYPE_CHECKING, ClassVar
 
 from effc.ir.dialect.cache_storage import DenseStorage, HeadSizes, StateTensor, Storage
-from effc.ir.dialect.selections.base import TokenSelection, require
+from effc.ir.dialect.selections.base import TokenSelection, require, require_between
 
 if TYPE_CHECKING:
     from effc.ir.dialect.cached_attention import AttentionForm
 
-ATTRIBUTES = ("sinks", "recent", "block", "stride")
 MOST = 2**20
 
 
@@ -42,21 +38,10 @@ class StrideSelection(TokenSelection):
     stride: int = 16
 
     def __post_init__(self) -> None:
-        require(0 <= self.sinks <= MOST, f"sinks is {self.sinks}, it must be from 0 to {MOST}")
-        for name in ("block", "stride"):
-            value = getattr(self, name)
-            require(1 <= value <= MOST, f"{name} is {value}, it must be from 1 to {MOST}")
+        require_between(self, ("sinks",), 0, MOST)
+        require_between(self, ("block", "stride"), 1, MOST)
         fits = self.recent >= self.block and self.recent % self.block == 0
         require(fits, f"recent is {self.recent}, it must be a multiple of block, which is {self.block}")
-
-    @classmethod
-    def read(cls, attributes: Mapping[str, ir.Attr]) -> Self:
-        """From `select_*`."""
-        return cls(**{name: attributes[f"select_{name}"].as_int() for name in ATTRIBUTES})
-
-    def attributes(self) -> dict[str, int | float | str]:
-        """All of this selection."""
-        return {f"select_{name}": getattr(self, name) for name in ATTRIBUTES}
 
     def tensors(self, storage: Storage, sizes: HeadSizes) -> tuple[StateTensor, ...]:
         """None."""

@@ -20,7 +20,7 @@ from effc.ir.dialect.cache_storage import (
     StaticStorage,
     Storage,
 )
-from effc.ir.dialect.selections.base import TokenSelection, require
+from effc.ir.dialect.selections.base import TokenSelection, require, require_between
 
 if TYPE_CHECKING:
     from effc.ir.dialect.cached_attention import AttentionForm
@@ -56,32 +56,19 @@ class TopKSelection(TokenSelection):
     similarity: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("sinks", "recent", "budget", "dense_below", "refresh"):
-            require(getattr(self, name) >= 0, f"{name} is {getattr(self, name)}, it must be 0 or more")
-        require(0 <= self.share <= 1, f"share is {self.share}, it must be from 0 to 1")
-        require(-1 <= self.similarity <= 1, f"similarity is {self.similarity}, it must be from -1 to 1")
+        require_between(self, ("sinks", "recent", "budget", "dense_below", "refresh"), 0)
+        require_between(self, ("share",), 0, 1)
+        require_between(self, ("similarity",), -1, 1)
 
     @classmethod
     def read(cls, attributes: Mapping[str, ir.Attr]) -> Self:
         """From `select_*` and `dense_below`."""
         require(attributes["select_block"].as_int() == 1, "select_block is not 1, topk chooses single tokens")
-        integers = {name: attributes[f"select_{name}"].as_int() for name in ("sinks", "recent", "budget", "refresh")}
-        share, similarity = (attributes[f"select_{name}"].as_float() for name in ("share", "similarity"))
-        dense_below = attributes["dense_below"].as_int()
-        return cls(**integers, share=share, similarity=similarity, dense_below=dense_below)
+        return super().read(attributes)
 
     def attributes(self) -> dict[str, int | float | str]:
         """All of this selection."""
-        return {
-            "select_sinks": self.sinks,
-            "select_recent": self.recent,
-            "select_block": 1,
-            "select_budget": self.budget,
-            "select_share": float(np.float32(self.share)),
-            "dense_below": self.dense_below,
-            "select_refresh": self.refresh,
-            "select_similarity": float(np.float32(self.similarity)),
-        }
+        return super().attributes() | {"select_block": 1}
 
     def tensors(self, storage: Storage, sizes: HeadSizes) -> tuple[StateTensor, ...]:
         """With `refresh`, what was chosen, by which query, and when."""

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Self
-
-import onnx_ir as ir
+from typing import TYPE_CHECKING, ClassVar
 
 from effc.ir.dialect.cache_storage import BATCH, DenseStorage, HeadSizes, StateTensor, Storage
-from effc.ir.dialect.selections.base import TokenSelection, require
+from effc.ir.dialect.selections.base import TokenSelection, require, require_between
 
 if TYPE_CHECKING:
     from effc.ir.dialect.cached_attention import AttentionForm
@@ -39,18 +36,9 @@ class WindowSelection(TokenSelection):
     positions: str = "compact"
 
     def __post_init__(self) -> None:
-        require(1 <= self.sinks <= MOST_SINKS, f"sinks is {self.sinks}, it must be from 1 to {MOST_SINKS}")
+        require_between(self, ("sinks",), 1, MOST_SINKS)
         text = ", ".join(POSITIONS)
         require(self.positions in POSITIONS, f"positions is {self.positions!r}, it must be one of {text}")
-
-    @classmethod
-    def read(cls, attributes: Mapping[str, ir.Attr]) -> Self:
-        """From `select_sinks` and `select_positions`."""
-        return cls(attributes["select_sinks"].as_int(), attributes["select_positions"].as_string())
-
-    def attributes(self) -> dict[str, int | float | str]:
-        """All of this selection."""
-        return {"select_sinks": self.sinks, "select_positions": self.positions}
 
     def tensors(self, storage: Storage, sizes: HeadSizes) -> tuple[StateTensor, ...]:
         """`sink_key` and `sink_value`."""

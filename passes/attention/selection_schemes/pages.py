@@ -10,12 +10,12 @@ from effc.ir.dialect.cache_storage import PageStorage
 from effc.ir.dialect.selections import PageSelection
 from effc.passes.attention.selection_schemes.base import Change, SelectionScheme
 
-BUDGET, SINKS, RECENT, BLOCK = 1024, 4, 32, 16
+BUDGET, SINKS, RECENT, BLOCK, REACH = 1024, 4, 32, 8, 0.6
 
 
 @dataclass(frozen=True)
 class PagesScheme(SelectionScheme):
-    """Blocks by the least and the largest element of every key channel; a coded cache brings its own blocks.
+    """Blocks by the mean of their keys; a coded cache brings its own blocks, and bounds of their keys.
 
     Attributes: those of the pass.
     """
@@ -27,13 +27,13 @@ class PagesScheme(SelectionScheme):
     sinks: int | None = None
     recent: int | None = None
     dense_below: int = 0
-    reach: float = 0.6
+    reach: float | None = None
 
     def change(self, site: CachedAttentionSite) -> Change:
         """Another selection; form and storage stay."""
-        sinks, recent, block = SINKS, RECENT, BLOCK
+        sinks, recent, block, reach = SINKS, RECENT, BLOCK, 0.0
         if isinstance(site.storage, PageStorage):
-            sinks, recent, block = site.storage.sinks, site.storage.recent, site.storage.page
+            sinks, recent, block, reach = site.storage.sinks, site.storage.recent, site.storage.page, REACH
         budget = self.budget if self.budget is not None else 0 if self.share is not None else BUDGET
         selection = PageSelection(
             sinks=sinks if self.sinks is None else self.sinks,
@@ -42,6 +42,6 @@ class PagesScheme(SelectionScheme):
             budget=budget,
             share=self.share or 0.0,
             dense_below=self.dense_below,
-            reach=self.reach,
+            reach=reach if self.reach is None else self.reach,
         )
         return Change(site.form, site.storage, selection)

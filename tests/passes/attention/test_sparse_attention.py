@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
-from decoders import changed, decoder, run_steps
+from decoders import SIZE, changed, decoder, run_steps
 
 from effc.errors import InputError, UsageError
 from effc.ir.analysis.cached_attention import cached_attention_sites
@@ -42,15 +42,20 @@ def reasons(program: Program, options: SparseAttention) -> list[str]:
     return [item.reason for item in options.match(program).left]
 
 
-def test_a_dense_cache_gets_bounds() -> None:
-    result = changed(decoder(2), sparse(block=8))
+@pytest.mark.parametrize(("reach", "name", "width"), [(None, "means", SIZE), (0.6, "bounds", 2 * SIZE)])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_dense_cache_gets_means_or_bounds(reach: float | None, name: str, width: int, dtype: str) -> None:
+    """In at most 16 bits."""
+    stored = decoder(2) if dtype == "float32" else changed(decoder(2), KvCache("dense", dtype="float16"))
+    result = changed(stored, sparse(reach=reach))
     names = [value.name for value in result.graph.inputs][4:]
-    assert names == [f"past_key_values.{layer}.{name}" for layer in (0, 1) for name in ("key", "value", "bounds")]
+    assert names == [f"past_key_values.{layer}.{part}" for layer in (0, 1) for part in ("key", "value", name)]
     past, present = result.cache_pairs()[2]
     assert (str(past.shape[2]), str(present.shape[2])) == ("past // 8", "total // 8")
-    assert past.dtype == ir.DataType.FLOAT
+    assert past.shape[3] == width
+    assert past.dtype == (ir.DataType.BFLOAT16 if dtype == "float32" else ir.DataType.FLOAT16)
     (site, _) = cached_attention_sites(result.graph)
-    assert site.selection == PageSelection(block=8, budget=32, reach=float(np.float32(0.6)))
+    assert site.selection == PageSelection(block=8, budget=32, reach=float(np.float32(reach or 0)))
 
 
 def test_single_tokens_need_nothing() -> None:
@@ -118,8 +123,8 @@ def test_figures_of_the_report() -> None:
     report = options.apply(program, options.match(program).sites)
     first, _, last = report.details["selection"]
     assert (first["selection"], first["reads"]) == ("all", {"2048": 2048, "8192": 8192, "32768": 32768})
-    blocks = (8192 - 36) // 16
-    assert last["reads"]["8192"] == 8192 - (blocks - -(-blocks // 4)) * 16
+    blocks = (8192 - 36) // 8
+    assert last["reads"]["8192"] == 8192 - (blocks - -(-blocks // 4)) * 8
     assert (last["selection"], last["select_budget"], last["select_share"]) == ("pages", 0, 0.25)
 
 
