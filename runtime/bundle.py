@@ -68,8 +68,8 @@ class ClusterPorts:
         dtype: Numpy dtype name of the keys.
         scale: Factor on the scores.
         softcap: Softcap of the scores; 0: none.
-        inputs: `centroids`, `ends`, `parents`, `parent_ends` and `thresholds`, in this order. Their axes `clusters` and
-            `parents` are 0 without a prefix. Attentions share the input of the thresholds.
+        inputs: `centroids`, `ends`, `radii`, `parents`, `parent_ends`, `parent_radii` and `thresholds`, in this order.
+            Their axes `clusters` and `parents` are 0 without a prefix. Attentions share the input of the thresholds.
     """
 
     key: str

@@ -18,8 +18,11 @@ from effc.runtime.tensors import to_floats, to_stored
 CLUSTER_TOKENS, PARENT_CLUSTERS = 5, 5
 """Tokens of a cluster and clusters of a parent, the means."""
 KEEP = 0.25
-SURVIVING = 3.0
-"""Parents let so many times the keys pass that clusters keep."""
+SURVIVING, ASKED = 3.0, 0.75
+"""Parents let so many times the keys pass that clusters keep, where that is less than this share. They let all pass
+otherwise: they would spare hardly more centroids than there are parents."""
+REACH, PARENT_REACH = 1.8, 2.0
+"""How far beyond their mean a query expects keys of clusters and of parents: so many times `radii`."""
 EVERYTHING = np.array([-1, -1], np.float32)
 """Thresholds below any weight."""
 
@@ -31,15 +34,19 @@ class ClusterTree:
     Attributes:
         centroids: Means of the keys of each cluster, float32 [clusters, D]; zeros where it has none.
         ends: Token behind each cluster, int32 [clusters].
+        radii: What a query of length 1 adds to its product with each centroid, float32 [clusters].
         parents: Means of the keys of each parent, [parents, D].
         parent_ends: Cluster behind each parent, int32 [parents].
+        parent_radii: What it adds to that with each parent, [parents].
         order: Tokens in their new order, [tokens].
     """
 
     centroids: np.ndarray
     ends: np.ndarray
+    radii: np.ndarray
     parents: np.ndarray
     parent_ends: np.ndarray
+    parent_radii: np.ndarray
     order: np.ndarray
 
     @property
@@ -105,7 +112,8 @@ def cluster_cache(
 def cluster_tree(keys: np.ndarray, cluster_tokens: int = CLUSTER_TOKENS) -> ClusterTree:
     """Clusters of the keys of one head and, above them, parents.
 
-    Keys are assigned by direction, as in the paper; a centroid is the mean of the keys themselves.
+    Keys are assigned by direction, as in the paper; a centroid is the mean of the keys themselves. The first key has a
+    cluster and a parent of its own.
 
     Args:
         keys: float32 [n, D], n >= 1.
@@ -113,23 +121,59 @@ def cluster_tree(keys: np.ndarray, cluster_tokens: int = CLUSTER_TOKENS) -> Clus
     """
     count = max(1, len(keys) // cluster_tokens)
     above = max(1, count // PARENT_CLUSTERS)
-    labels = kmeans(unit_rows(keys), count)
+    labels = _labels(unit_rows(keys), count)
     sums, counts = sums_by_label(keys, labels, count)
     centroids = sums / np.maximum(counts, 1)[:, None]
     parents = np.zeros(count, np.int64)
-    parents[counts > 0] = kmeans(unit_rows(centroids[counts > 0]), above)  # those without keys go anywhere
+    parents[counts > 0] = _labels(unit_rows(centroids[counts > 0]), above)  # those without keys go anywhere
     by_parent = np.argsort(parents, kind="stable")
     rank = np.empty(count, np.int64)
     rank[by_parent] = np.arange(count)
     parent_sums, _ = sums_by_label(sums, parents, above)
     tokens = np.bincount(parents, counts, minlength=above).astype(np.float32)
+    means = parent_sums / np.maximum(tokens, 1)[:, None]
+    order = np.argsort(rank[labels], kind="stable")
     return ClusterTree(
         centroids=centroids[by_parent],
         ends=np.cumsum(counts[by_parent]).astype(np.int32),
-        parents=parent_sums / np.maximum(tokens, 1)[:, None],
+        radii=REACH * radii(keys[order], centroids[by_parent], counts[by_parent]),
+        parents=means,
         parent_ends=np.cumsum(np.bincount(parents, minlength=above)).astype(np.int32),
-        order=np.argsort(rank[labels], kind="stable"),
+        parent_radii=PARENT_REACH * radii(keys[order], means, tokens),
+        order=order,
     )
+
+
+def _labels(points: np.ndarray, count: int) -> np.ndarray:
+    """Labels of `kmeans`, but the first point alone has the first one where there are several.
+
+    Much attention goes to the first token wherever nothing matters (StreamingLLM, Xiao et al. 2023, arXiv 2309.17453),
+    and its key is like no other.
+    """
+    if count == 1 or len(points) == 1:
+        return np.zeros(len(points), np.int64)
+    return np.concatenate([np.zeros(1, np.int64), 1 + kmeans(points[1:], count - 1)])
+
+
+def radii(keys: np.ndarray, means: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """How far the farthest of the keys of a cluster reaches beyond their mean in a random direction.
+
+    Its distance times the standard deviation of one element of such a direction, 1 / sqrt(D). The mean of keys says
+    little about the largest of their scores, the less the more they are.
+
+    Args:
+        keys: float32 [n, D], those of a cluster side by side.
+        means: Of each cluster, [clusters, D].
+        counts: Keys of each cluster.
+
+    Returns:
+        float32 [clusters]; 0 where it has no keys.
+    """
+    found, sizes = counts > 0, counts.astype(np.int64)
+    distances = np.linalg.norm(keys - np.repeat(means, sizes, axis=0), axis=1)
+    farthest = np.zeros(len(counts), np.float32)
+    farthest[found] = np.maximum.reduceat(distances, (np.cumsum(sizes) - sizes)[found])
+    return np.asarray(farthest / np.sqrt(np.float32(keys.shape[1])))
 
 
 def thresholds(layers: Sequence[_Layer], keep: float) -> np.ndarray:
@@ -140,10 +184,15 @@ def thresholds(layers: Sequence[_Layer], keep: float) -> np.ndarray:
     heads = [(layer, head) for layer in layers for head in range(len(layer.trees))]
     above = [_weights(layer, head, None) for layer, head in heads]
     parents = [np.broadcast_to(layer.trees[head].parent_counts, one.shape) for (layer, head), one in zip(heads, above)]
-    first = _threshold(above, parents, min(1, SURVIVING * keep))
+    first = _threshold(above, parents, passing(keep))
     below = [_weights(layer, head, one > first) for (layer, head), one in zip(heads, above)]
     counts = [np.broadcast_to(layer.trees[head].counts, one.shape) for (layer, head), one in zip(heads, below)]
     return np.array([first, _threshold(below, counts, keep)], np.float32)
+
+
+def passing(keep: float) -> float:
+    """Share of the keys that parents let pass where clusters keep a share."""
+    return SURVIVING * keep if SURVIVING * keep < ASKED else 1.0
 
 
 def key_weights(scores: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -170,13 +219,14 @@ def _layer(ports: ClusterPorts, cache: Mapping[str, np.ndarray], count: int, clu
 
 
 def _stacked(layer: _Layer) -> list[np.ndarray]:
-    """Centroids, ends, parents and their ends of all heads, as the inputs take them."""
-    centroids, ends, parents, parent_ends = (
-        np.stack([getattr(tree, name) for tree in layer.trees])[None]
-        for name in ("centroids", "ends", "parents", "parent_ends")
-    )
+    """What trees hold of all heads but the order, as the inputs take it."""
     dtype = layer.ports.dtype
-    return [to_stored(centroids, dtype), ends, to_stored(parents, dtype), parent_ends]
+    stacked = {
+        name: np.stack([getattr(tree, name) for tree in layer.trees])[None]
+        for name in ("centroids", "ends", "radii", "parents", "parent_ends", "parent_radii")
+    }
+    vectors = ("centroids", "parents")
+    return [to_stored(array, dtype) if name in vectors else array for name, array in stacked.items()]
 
 
 def _weights(layer: _Layer, head: int, surviving: np.ndarray | None) -> np.ndarray:
@@ -185,8 +235,14 @@ def _weights(layer: _Layer, head: int, surviving: np.ndarray | None) -> np.ndarr
     Clusters of other parents get -1.
     """
     tree = layer.trees[head]
-    centroids, counts = (tree.parents, tree.parent_counts) if surviving is None else (tree.centroids, tree.counts)
-    scores = layer.ports.scale * (layer.queries[head] @ centroids.T)
+    centroids, beyond, counts = (
+        (tree.parents, tree.parent_radii, tree.parent_counts)
+        if surviving is None
+        else (tree.centroids, tree.radii, tree.counts)
+    )
+    queries = layer.queries[head]
+    lengths = np.linalg.norm(queries, axis=-1, keepdims=True)
+    scores = layer.ports.scale * (queries @ centroids.T + lengths * beyond)
     if layer.ports.softcap:
         scores = layer.ports.softcap * np.tanh(scores / layer.ports.softcap)
     if surviving is None:

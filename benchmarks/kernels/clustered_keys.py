@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from effc.ir.dialect.selections import ClusterSelection
-from effc.runtime.clusters import PARENT_CLUSTERS, SURVIVING, key_weights
+from effc.runtime.clusters import PARENT_CLUSTERS, PARENT_REACH, REACH, key_weights, passing, radii
 
 OBSERVED = ClusterSelection().observed
 
@@ -27,23 +27,24 @@ def clustered_keys(heads: int, tokens: int, size: int, cluster_tokens: int) -> t
     spread += 0.5 * rng.standard_normal(spread.shape, np.float32)
     keys = 0.3 * rng.standard_normal((heads, tokens, size), np.float32)
     keys[:, :count] += spread[:, of]
+    above_ends = ends[parent_ends - 1]
+    centroids, means = _means(keys[:, :count], ends), _means(keys[:, :count], above_ends)
     found = {
-        "centroids": _means(keys[:, :count], ends),
+        "centroids": centroids,
         "ends": np.broadcast_to(ends.astype(np.int32), (heads, clusters)),
-        "parents": _means(keys[:, :count], ends[parent_ends - 1]),
+        "radii": REACH * _radii(keys[:, :count], centroids, ends),
+        "parents": means,
         "parent_ends": np.broadcast_to(parent_ends.astype(np.int32), (heads, parents)),
+        "parent_radii": PARENT_REACH * _radii(keys[:, :count], means, above_ends),
     }
     return keys[None], {name: np.ascontiguousarray(array[None]) for name, array in found.items()}
 
 
 def thresholds(clusters: dict[str, np.ndarray], queries: np.ndarray, scale: float, keep: float) -> np.ndarray:
     """Thresholds [2] that let the share `keep` of the clustered keys pass for queries [heads, group, size]."""
-    ends, parent_ends = clusters["ends"][0, 0], clusters["parent_ends"][0, 0]
-    counts = np.diff(ends, prepend=0)
-    first = _weights(queries, clusters["parents"][0], np.diff(ends[parent_ends - 1], prepend=0), scale)
-    upper = np.quantile(first, 1 - min(1, SURVIVING * keep))
-    reached = np.repeat(first > upper, np.diff(parent_ends, prepend=0), axis=1)
-    last = _weights(queries, clusters["centroids"][0], counts * reached, scale)
+    first = _parent_weights(clusters, queries, scale)
+    upper = np.quantile(first, 1 - passing(keep))
+    reached, last = _below(clusters, first > upper, queries, scale)
     return np.array([upper, np.quantile(np.where(reached, last, -1), 1 - keep)], np.float32)
 
 
@@ -51,18 +52,38 @@ def tokens_read(
     clusters: dict[str, np.ndarray], limits: np.ndarray, queries: np.ndarray, scale: float
 ) -> tuple[int, int]:
     """Clustered tokens that all heads read, and clusters with whose centroids they compare."""
-    ends, parent_ends = clusters["ends"][0, 0], clusters["parent_ends"][0, 0]
-    counts = np.diff(ends, prepend=0)
-    first = _weights(queries, clusters["parents"][0], np.diff(ends[parent_ends - 1], prepend=0), scale)
-    reached = np.repeat(first > limits[0], np.diff(parent_ends, prepend=0), axis=1)
-    last = _weights(queries, clusters["centroids"][0], counts * reached, scale)
+    counts = np.diff(clusters["ends"][0, 0], prepend=0)
+    first = _parent_weights(clusters, queries, scale)
+    reached, last = _below(clusters, first > limits[0], queries, scale)
     return int((counts * (reached & (last > limits[1]))).sum()), int(reached.sum())
 
 
-def _weights(queries: np.ndarray, centroids: np.ndarray, counts: np.ndarray, scale: float) -> np.ndarray:
-    scores = scale * queries @ centroids.transpose(0, 2, 1)
+def _parent_weights(clusters: dict[str, np.ndarray], queries: np.ndarray, scale: float) -> np.ndarray:
+    counts = np.diff(clusters["ends"][0, 0][clusters["parent_ends"][0, 0] - 1], prepend=0)
+    return _weights(queries, clusters["parents"][0], clusters["parent_radii"][0], counts, scale)
+
+
+def _below(
+    clusters: dict[str, np.ndarray], parents: np.ndarray, queries: np.ndarray, scale: float
+) -> tuple[np.ndarray, np.ndarray]:
+    """Clusters below such parents, and the weights of all then."""
+    reached = np.repeat(parents, np.diff(clusters["parent_ends"][0, 0], prepend=0), axis=1)
+    counts = np.diff(clusters["ends"][0, 0], prepend=0) * reached
+    return reached, _weights(queries, clusters["centroids"][0], clusters["radii"][0], counts, scale)
+
+
+def _weights(
+    queries: np.ndarray, centroids: np.ndarray, beyond: np.ndarray, counts: np.ndarray, scale: float
+) -> np.ndarray:
+    lengths = np.linalg.norm(queries, axis=2, keepdims=True)
+    scores = scale * (queries @ centroids.transpose(0, 2, 1) + lengths * beyond[:, None])
     wide = np.broadcast_to(counts, (len(queries), counts.shape[-1]))
     return key_weights(scores, wide[:, None]).mean(axis=1)
+
+
+def _radii(keys: np.ndarray, means: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    counts = np.diff(ends, prepend=0)
+    return np.stack([radii(one, mean, counts) for one, mean in zip(keys, means)])
 
 
 def _means(keys: np.ndarray, ends: np.ndarray) -> np.ndarray:

@@ -42,7 +42,7 @@ class CacheStorage {
   virtual bool turns_by_place() const { return false; }
   // Whether an input follows them: a score of every token.
   virtual bool reads_scores() const { return false; }
-  // Whether five inputs follow the cache: the clusters of a prefix.
+  // Whether seven inputs follow the cache: the clusters of a prefix.
   virtual bool has_clusters() const { return false; }
   // Tokens of a chunk where six inputs follow the angles: a prefix of low rank. 0: there are none.
   virtual int64_t low_rank_chunk() const { return 0; }

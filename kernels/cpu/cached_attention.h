@@ -35,9 +35,11 @@ struct TokenClusters {
   Type type = Type::kFloat;              // of centroids and parents
   const char* centroids = nullptr;       // [K, count, D]
   const int32_t* ends = nullptr;         // [K, count]
+  const float* radii = nullptr;          // [K, count]
   int64_t count = 0;                     // 0: there are none
   const char* parents = nullptr;         // [K, parent_count, D]
   const int32_t* parent_ends = nullptr;  // [K, parent_count]: clusters
+  const float* parent_radii = nullptr;   // [K, parent_count]
   int64_t parent_count = 0;
   const float* thresholds = nullptr;  // of parents, of clusters
 };

@@ -5,7 +5,7 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
-#include <span>
+#include <numeric>
 #include <string>
 
 namespace effc {
@@ -42,9 +42,11 @@ struct HeadClusters {
   HeadClusters(const AttentionForm& form, const TokenClusters& all, int64_t head)
       : centroids(Rows(form, all, all.centroids, head * all.count)),
         ends(all.ends + head * all.count),
+        radii(all.radii + head * all.count),
         count(all.count),
         parents(Rows(form, all, all.parents, head * all.parent_count)),
         parent_ends(all.parent_ends + head * all.parent_count),
+        parent_radii(all.parent_radii + head * all.parent_count),
         parent_count(all.parent_count) {}
 
   int64_t Begin(int64_t cluster) const { return cluster == 0 ? 0 : ends[cluster - 1]; }
@@ -56,23 +58,41 @@ struct HeadClusters {
 
   TokenRows centroids;
   const int32_t* ends;
+  const float* radii;
   int64_t count;
   TokenRows parents;
   const int32_t* parent_ends;
+  const float* parent_radii;
   int64_t parent_count;
 };
 
-// What a key of a cluster may expect of the softmax, from centroids (Squeezed Attention):
-// exp(s_j) / sum of n_i exp(s_i), the mean over the query heads of a group.
+// The keys of clusters: how many there are, and how far beyond their mean they are taken to reach.
+struct Spans {
+  void Add(int64_t keys, float radius) {
+    counts.push_back(static_cast<float>(keys));
+    radii.push_back(radius);
+  }
+
+  std::vector<float> counts;
+  std::vector<float> radii;
+};
+
+// What a key of a cluster may expect of the softmax, from centroids and radii (after Squeezed
+// Attention): exp(s_j) / sum of n_i exp(s_i), the mean over the query heads of a group.
 class KeyWeights {
  public:
   KeyWeights(const AttentionKernels& pieces, const AttentionForm& form, const float* queries)
-      : pieces_(pieces), form_(form), queries_(queries) {}
+      : pieces_(pieces), form_(form), queries_(queries) {
+    for (int64_t g = 0; g < form.group(); ++g) {
+      const float* const query = queries + g * PaddedRow(form.head_size);
+      norms_.push_back(std::sqrt(std::inner_product(query, query + form.head_size, query, 0.0f)));
+    }
+  }
 
-  // Of the rows of `centroids` in `runs`, which have `counts` keys.
+  // Of the rows of `centroids` in `runs`, which have the keys of `spans`.
   std::vector<float> Of(const TokenRows& centroids, const std::vector<SlotRun>& runs,
-                        const std::vector<float>& counts) const {
-    const auto total = static_cast<int64_t>(counts.size());
+                        const Spans& spans) const {
+    const auto total = static_cast<int64_t>(spans.counts.size());
     const int64_t blocks = (total + kBlockTokens - 1) / kBlockTokens;
     const int64_t group = form_.group();
     std::vector<float> weights(group * total);  // exp(score - maximum of the block)
@@ -82,13 +102,13 @@ class KeyWeights {
     for (int64_t b = 0; b < blocks; ++b) {
       const int64_t at = b * kBlockTokens;
       const int64_t count = std::min(kBlockTokens, total - at);
-      const float* const scores = Absorb(
-          centroids, runs, place, {&counts[at], static_cast<size_t>(count)}, &maxima[b], blocks);
+      const float* const scores =
+          Absorb(centroids, runs, place, spans, {at, at + count}, &maxima[b], blocks);
       for (int64_t g = 0; g < group; ++g) {
         const float* const row = scores + g * kScoreStride;
         std::memcpy(&weights[g * total + at], row, count * sizeof(float));
         float sum = 0;
-        for (int64_t i = 0; i < count; ++i) sum += row[i] * counts[at + i];
+        for (int64_t i = 0; i < count; ++i) sum += row[i] * spans.counts[at + i];
         sums[g * blocks + b] = sum;
       }
     }
@@ -101,12 +121,33 @@ class KeyWeights {
     int64_t offset = 0;
   };
 
-  // The next rows of the runs as weights, 0 where they have no keys; maxima of the group are
-  // `stride` apart.
+  // The next rows of the runs, `which` of the spans, as weights, 0 where they have no keys; maxima
+  // of the group are `stride` apart.
   const float* Absorb(const TokenRows& centroids, const std::vector<SlotRun>& runs, Place& place,
-                      std::span<const float> counts, float* maxima, int64_t stride) const {
+                      const Spans& spans, SlotRun which, float* maxima, int64_t stride) const {
+    const int64_t count = which.end - which.begin;
+    const int64_t group = form_.group();
+    float* const scores = Scores(centroids, runs, place, count);
+    const float* const radii = &spans.radii[which.begin];
+    for (int64_t g = 0; g < group; ++g) {
+      float* const row = scores + g * kScoreStride;
+      for (int64_t i = 0; i < count; ++i) row[i] += norms_[g] * radii[i];
+    }
+    std::vector<QueryRow> rows(group, {-kInfinity, 0, 0, count, nullptr});
+    std::array<uint8_t, kBlockTokens> filled;
+    std::transform(&spans.counts[which.begin], &spans.counts[which.begin] + count, filled.begin(),
+                   [](float n) { return n > 0; });
+    const bool all = std::memchr(filled.data(), 0, count) == nullptr;
+    const SlotBlock block{0, count, all ? nullptr : filled.data(), form_.scale, form_.softcap};
+    pieces_.absorb(rows.data(), group, block, scores, kScoreStride, nullptr, 0, 0);
+    for (int64_t g = 0; g < group; ++g) maxima[g * stride] = rows[g].max;
+    return scores;
+  }
+
+  // Products of the queries with the next `count` rows of the runs.
+  float* Scores(const TokenRows& centroids, const std::vector<SlotRun>& runs, Place& place,
+                int64_t count) const {
     const int64_t d = form_.head_size;
-    const auto count = static_cast<int64_t>(counts.size());
     const int64_t group = form_.group();
     float* const scores = ThreadFloats(kScores, group * kScoreStride);
     for (int64_t done = 0; done < count;) {
@@ -120,13 +161,6 @@ class KeyWeights {
       place.offset += part;
       if (run.begin + place.offset == run.end) place = {place.run + 1, 0};
     }
-    std::vector<QueryRow> rows(group, {-kInfinity, 0, 0, count, nullptr});
-    std::array<uint8_t, kBlockTokens> filled;
-    std::transform(counts.begin(), counts.end(), filled.begin(), [](float n) { return n > 0; });
-    const bool all = std::memchr(filled.data(), 0, count) == nullptr;
-    const SlotBlock block{0, count, all ? nullptr : filled.data(), form_.scale, form_.softcap};
-    pieces_.absorb(rows.data(), group, block, scores, kScoreStride, nullptr, 0, 0);
-    for (int64_t g = 0; g < group; ++g) maxima[g * stride] = rows[g].max;
     return scores;
   }
 
@@ -152,16 +186,17 @@ class KeyWeights {
   const AttentionKernels& pieces_;
   const AttentionForm& form_;
   const float* const queries_;
+  std::vector<float> norms_;  // of the queries
 };
 
-// Clusters whose parents pass the first threshold.
+// Clusters whose parents pass the first threshold, which all do if it is below every weight.
 std::vector<SlotRun> Surviving(const HeadClusters& of, const KeyWeights& weights, float threshold) {
-  std::vector<float> counts(of.parent_count);
+  if (threshold < 0) return {{0, of.count}};
+  Spans spans;
   for (int64_t i = 0; i < of.parent_count; ++i) {
-    const int64_t end = of.parent_ends[i];
-    counts[i] = static_cast<float>(of.Begin(end) - of.Begin(of.ParentBegin(i)));
+    spans.Add(of.Begin(of.parent_ends[i]) - of.Begin(of.ParentBegin(i)), of.parent_radii[i]);
   }
-  const std::vector<float> means = weights.Of(of.parents, {{0, of.parent_count}}, counts);
+  const std::vector<float> means = weights.Of(of.parents, {{0, of.parent_count}}, spans);
   std::vector<SlotRun> runs;
   for (int64_t i = 0; i < of.parent_count; ++i) {
     if (means[i] > threshold) Append(runs, of.ParentBegin(i), of.parent_ends[i]);
@@ -172,14 +207,12 @@ std::vector<SlotRun> Surviving(const HeadClusters& of, const KeyWeights& weights
 // Slots of the clusters in `among` that pass the second threshold.
 void Read(const HeadClusters& of, const KeyWeights& weights, const std::vector<SlotRun>& among,
           float threshold, std::vector<SlotRun>& slots) {
-  std::vector<float> counts;
+  Spans spans;
   for (const SlotRun& run : among) {
-    for (int64_t j = run.begin; j < run.end; ++j) {
-      counts.push_back(static_cast<float>(of.ends[j] - of.Begin(j)));
-    }
+    for (int64_t j = run.begin; j < run.end; ++j) spans.Add(of.ends[j] - of.Begin(j), of.radii[j]);
   }
-  if (counts.empty()) return;
-  const std::vector<float> means = weights.Of(of.centroids, among, counts);
+  if (spans.counts.empty()) return;
+  const std::vector<float> means = weights.Of(of.centroids, among, spans);
   size_t at = 0;
   for (const SlotRun& run : among) {
     for (int64_t j = run.begin; j < run.end; ++j) {

@@ -8,7 +8,7 @@ namespace effc::ort {
 namespace {
 
 enum Operand : size_t { kQuery, kKey, kValue, kValid, kBias, kCos, kSin };
-constexpr size_t kClusterInputs = 5;
+constexpr size_t kClusterInputs = 7;
 constexpr size_t kLowRankInputs = 6;
 constexpr const char* kNames[] = {"query", "key", "value", "valid", "bias", "cos", "sin"};
 
@@ -230,13 +230,18 @@ void CachedAttentionKernel::ReadClusters(const OrtKernelContext* context,
   clusters.count = centroids.dims[2];
   const CacheTensor ends = read(1, "ends", {Type::kInt32}, {1, heads, clusters.count});
   clusters.ends = reinterpret_cast<const int32_t*>(ends.data);
-  const CacheTensor parents = read(2, "parents", {clusters.type}, vectors);
+  const CacheTensor radii = read(2, "radii", {Type::kFloat}, {1, heads, clusters.count});
+  clusters.radii = reinterpret_cast<const float*>(radii.data);
+  const CacheTensor parents = read(3, "parents", {clusters.type}, vectors);
   clusters.parents = parents.data;
   clusters.parent_count = parents.dims[2];
   const CacheTensor parent_ends =
-      read(3, "parent ends", {Type::kInt32}, {1, heads, clusters.parent_count});
+      read(4, "parent ends", {Type::kInt32}, {1, heads, clusters.parent_count});
   clusters.parent_ends = reinterpret_cast<const int32_t*>(parent_ends.data);
-  const CacheTensor thresholds = read(4, "thresholds", {Type::kFloat}, {2});
+  const CacheTensor parent_radii =
+      read(5, "parent radii", {Type::kFloat}, {1, heads, clusters.parent_count});
+  clusters.parent_radii = reinterpret_cast<const float*>(parent_radii.data);
+  const CacheTensor thresholds = read(6, "thresholds", {Type::kFloat}, {2});
   clusters.thresholds = reinterpret_cast<const float*>(thresholds.data);
 }
 

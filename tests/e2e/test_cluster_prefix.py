@@ -184,9 +184,11 @@ def test_what_the_folder_says(plain: Path, tmp_path: Path) -> None:
     assert shapes["clusters.thresholds"] == ("float32", [2])
     assert shapes["clusters.2.centroids"] == ("float32", [1, 2, 32, 16])
     assert shapes["clusters.2.ends"] == ("int32", [1, 2, 32])
+    assert shapes["clusters.2.radii"] == ("float32", [1, 2, 32])
     assert shapes["clusters.2.parents"] == ("float32", [1, 2, 6, 16])
     assert shapes["clusters.2.parent_ends"] == ("int32", [1, 2, 6])
-    assert len(shapes) == 13
+    assert shapes["clusters.2.parent_radii"] == ("float32", [1, 2, 6])
+    assert len(shapes) == 19
 
 
 def test_a_damaged_folder_is_refused(plain: Path, tmp_path: Path) -> None:

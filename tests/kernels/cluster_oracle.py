@@ -14,15 +14,17 @@ class Clusters:
 
     centroids: np.ndarray
     ends: np.ndarray
+    radii: np.ndarray
     parents: np.ndarray
     parent_ends: np.ndarray
+    parent_radii: np.ndarray
     thresholds: np.ndarray
 
     @staticmethod
     def empty(form: Form) -> Clusters:
         vectors, numbers = np.zeros((1, form.kv_heads, 0, form.head_size), np.float32), np.zeros((1, form.kv_heads, 0))
-        ends = numbers.astype(np.int32)
-        return Clusters(vectors, ends, vectors, ends, np.zeros(2, np.float32))
+        ends, radii = numbers.astype(np.int32), numbers.astype(np.float32)
+        return Clusters(vectors, ends, radii, vectors, ends, radii, np.zeros(2, np.float32))
 
     def inputs(self) -> dict[str, np.ndarray]:
         return dict(vars(self))
@@ -32,9 +34,12 @@ class Clusters:
         return replace(self, centroids=self.centroids.astype(dtype), parents=self.parents.astype(dtype))
 
 
-def key_weights(form: Form, queries: np.ndarray, centroids: np.ndarray, counts: np.ndarray) -> np.ndarray:
+def key_weights(
+    form: Form, queries: np.ndarray, centroids: np.ndarray, radii: np.ndarray, counts: np.ndarray
+) -> np.ndarray:
     """Mean over queries [G, D] of exp(s_j) / sum of n_i exp(s_i), [clusters]."""
-    scores = queries @ centroids.astype(np.float64).T * form.scale
+    beyond = np.sqrt((queries**2).sum(axis=1, keepdims=True)) * radii.astype(np.float64)
+    scores = (queries @ centroids.astype(np.float64).T + beyond) * form.scale
     if form.softcap:
         scores = form.softcap * np.tanh(scores / form.softcap)
     filled = counts > 0
@@ -49,7 +54,7 @@ def parent_weights(form: Form, clusters: Clusters, head: int, queries: np.ndarra
     """Of each parent of a head."""
     starts = np.concatenate([[0], clusters.ends[0, head]])
     bounds = starts[np.concatenate([[0], clusters.parent_ends[0, head]])]
-    return key_weights(form, queries, clusters.parents[0, head], np.diff(bounds))
+    return key_weights(form, queries, clusters.parents[0, head], clusters.parent_radii[0, head], np.diff(bounds))
 
 
 def cluster_weights(form: Form, clusters: Clusters, head: int, queries: np.ndarray, parents: np.ndarray) -> np.ndarray:
@@ -57,7 +62,8 @@ def cluster_weights(form: Form, clusters: Clusters, head: int, queries: np.ndarr
     counts = np.diff(clusters.ends[0, head], prepend=0)
     of = np.searchsorted(clusters.parent_ends[0, head], np.arange(len(counts)), side="right")
     reached = parents[of]
-    found = key_weights(form, queries, clusters.centroids[0, head], np.where(reached, counts, 0))
+    centroids, radii = clusters.centroids[0, head], clusters.radii[0, head]
+    found = key_weights(form, queries, centroids, radii, np.where(reached, counts, 0))
     return np.where(reached, found, -1)
 
 

@@ -24,7 +24,7 @@ def clusters_above(*thresholds: float) -> Callable[[Cache], None]:
         ends[:, :, -1] = CLUSTERED
         parent_ends = np.broadcast_to([2, 5, 9, 10, 15], (1, form.kv_heads, 5))
         vectors = [rng.standard_normal((1, form.kv_heads, n, form.head_size)) / 4 for n in (15, 5)]
-        give_clusters(cache, vectors[0], ends, vectors[1], parent_ends, thresholds)
+        give_clusters(cache, vectors[0], ends, vectors[1], parent_ends, thresholds, radius=0.3)
 
     return give
 
@@ -45,10 +45,18 @@ def give_clusters(
     parents: np.ndarray,
     parent_ends: np.ndarray,
     thresholds: Sequence[float],
+    radius: float = 0,
 ) -> None:
-    """As inputs, centroids and parents in the type of the cache."""
+    """As inputs, centroids and parents in the type of the cache, with random radii up to one."""
+    rng = np.random.default_rng(2)
     clusters = Clusters(
-        centroids, ends.astype(np.int32), parents, parent_ends.astype(np.int32), np.array(thresholds, np.float32)
+        centroids=centroids,
+        ends=ends.astype(np.int32),
+        radii=radius * rng.random(ends.shape, np.float32),
+        parents=parents,
+        parent_ends=parent_ends.astype(np.int32),
+        parent_radii=radius * rng.random(parent_ends.shape, np.float32),
+        thresholds=np.array(thresholds, np.float32),
     )
     cache.give(clusters.rounded(cache.past[0].dtype).inputs())
 

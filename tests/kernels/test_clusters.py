@@ -63,7 +63,10 @@ def prepared(form: Form, dtype: str, feeds: dict[str, np.ndarray]) -> Clustered:
 
 
 def grouped(keys: np.ndarray, seed: int = 1) -> tuple[np.ndarray, Clusters]:
-    """Order and clusters of keys [K, tokens, D]: 17 in 5 parents, two clusters and a parent without any token."""
+    """Order and clusters of keys [K, tokens, D]: 17 in 5 parents, two clusters and a parent without any token.
+
+    Radii are random.
+    """
     rng = np.random.default_rng(seed)
     heads, count, size = keys.shape
     labels = rng.integers(0, 17, (heads, count))
@@ -82,8 +85,10 @@ def grouped(keys: np.ndarray, seed: int = 1) -> tuple[np.ndarray, Clusters]:
     return np.array(orders), Clusters(
         vectors[0],
         np.array(ends, np.int32)[None],
+        0.2 * rng.random((1, heads, 17), np.float32),
         vectors[1],
         np.array([starts] * heads, np.int32)[None],
+        0.2 * rng.random((1, heads, 5), np.float32),
         np.zeros(2, np.float32),
     )
 
@@ -138,6 +143,17 @@ def test_the_order_of_a_prefix_does_not_matter(name: str, dtype: str) -> None:
     cache = made.give(thresholds=np.array([-1, -1], np.float32))
     found = np.concatenate([found, cache.run(feeds, [1] * 10)], axis=1)
     np.testing.assert_allclose(found, dense[:, PREFIX:], atol=1e-5)
+
+
+def test_every_parent_passes_a_threshold_below_every_weight() -> None:
+    """With the bits of one that is exceeded by all of them."""
+    feeds = feeds_of(FORMS["gqa"])
+    results = []
+    for first in (-1, -0.0):
+        made = prepared(FORMS["gqa"], "float32", feeds)
+        cache = made.give(thresholds=np.array([first, made.clusters.thresholds[1]], np.float32))
+        results.append(cache.run(feeds, [1] * 20))
+    assert np.array_equal(*results)
 
 
 @pytest.mark.parametrize("thresholds", [(1, 1), (-1, 1), (1, -1)])
@@ -197,6 +213,8 @@ def test_no_queries_are_refused() -> None:
         ({"ends": lambda ends: ends[:, :, ::-1]}, "end of cluster . is .* is the cache that of the prefix"),
         ({"ends": lambda ends: ends + 100}, "end of cluster .* it must be from .* to 300"),
         ({"ends": lambda ends: ends[:, :, :5]}, "ends has shape"),
+        ({"radii": lambda radii: radii[:, :, :5]}, "radii has shape"),
+        ({"parent_radii": lambda radii: radii.astype(np.float64)}, "parent radii is another type; it must be float32"),
         ({"parent_ends": lambda ends: ends - 1}, "the parents of head 0 have not all clusters"),
         ({"thresholds": lambda limits: limits[:1]}, "thresholds has shape"),
         ({"centroids": lambda x: x[:, :, :, :5]}, "centroids has shape"),

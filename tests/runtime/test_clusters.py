@@ -15,6 +15,7 @@ from effc.runtime.clusters import (
     cluster_cache,
     cluster_tree,
     key_weights,
+    radii,
 )
 from effc.runtime.prefix_inputs import check_inputs, empty_inputs, prefix_ports
 
@@ -34,8 +35,10 @@ def layout(layers: int = 1, dtype: str = "float32", softcap: float = 0.0) -> Cac
         inputs = [
             Port(f"clusters.{layer}.centroids", dtype, [1, KV_HEADS, "clusters", SIZE]),
             Port(f"clusters.{layer}.ends", "int32", [1, KV_HEADS, "clusters"]),
+            Port(f"clusters.{layer}.radii", "float32", [1, KV_HEADS, "clusters"]),
             Port(f"clusters.{layer}.parents", dtype, [1, KV_HEADS, "parents", SIZE]),
             Port(f"clusters.{layer}.parent_ends", "int32", [1, KV_HEADS, "parents"]),
+            Port(f"clusters.{layer}.parent_radii", "float32", [1, KV_HEADS, "parents"]),
             Port("clusters.thresholds", "float32", [2]),
         ]
         clusters.append(ClusterPorts(**names, dtype=dtype, scale=SCALE, softcap=softcap, inputs=inputs))
@@ -79,17 +82,44 @@ def test_a_tree_holds_every_token_once(count: int, size: int) -> None:
     for cluster, (begin, end) in enumerate(zip(bounds, tree.ends)):
         own = moved[begin:end]
         np.testing.assert_allclose(tree.centroids[cluster], own.mean(axis=0) if len(own) else 0, atol=1e-5)
+        np.testing.assert_allclose(tree.radii[cluster], 1.8 * reach(own), atol=1e-5)
         assert (np.diff(tree.order[begin:end]) > 0).all()
     firsts = bounds[np.concatenate([[0], tree.parent_ends])]
     for parent, (begin, end) in enumerate(pairwise(firsts)):
         own = moved[begin:end]
         np.testing.assert_allclose(tree.parents[parent], own.mean(axis=0) if len(own) else 0, atol=1e-5)
+        np.testing.assert_allclose(tree.parent_radii[parent], 2 * reach(own), atol=1e-5)
     assert np.array_equal(tree.parent_counts, np.diff(firsts))
+
+
+@pytest.mark.parametrize(("count", "alone"), [(9, False), (10, True), (49, True), (50, True), (333, True)])
+def test_the_first_key_has_a_cluster_and_a_parent_of_its_own(count: int, alone: bool) -> None:
+    """Where there are two clusters, and two parents."""
+    keys = np.random.default_rng(1).standard_normal((count, SIZE)).astype(np.float32)
+    tree = cluster_tree(keys)
+    assert tree.order[0] == 0
+    assert (tree.ends[0] == 1) == alone
+    assert tree.parent_ends[0] == (1 if count >= 50 else count // 5)
+    if alone:
+        assert np.array_equal(tree.centroids[0], keys[0])
+        assert tree.radii[0] == 0
+
+
+def reach(keys: np.ndarray) -> float:
+    """Largest distance from the mean, divided by the root of the elements."""
+    distances = np.linalg.norm(keys - keys.mean(axis=0), axis=1) if len(keys) else np.zeros(1)
+    return float(distances.max() / SIZE**0.5)
+
+
+def test_radii_of_runs() -> None:
+    keys = np.array([[3, 0, 0, 4], [0, 0, 0, 0], [1, 1, 1, 1], [7, 7, 7, 7]], np.float32)
+    means = np.array([[0, 0, 0, 0], [9, 9, 9, 9], [1, 1, 1, 1], [7, 7, 7, 5]], np.float32)
+    assert radii(keys, means, np.array([2, 0, 1, 1])).tolist() == [2.5, 0, 0, 1]
 
 
 def test_equal_keys_leave_clusters_empty() -> None:
     tree = cluster_tree(np.ones((100, SIZE), np.float32))
-    assert tree.ends.tolist().count(100) + tree.ends.tolist().count(0) == 20
+    assert tree.ends.tolist().count(100) + tree.ends.tolist().count(1) == 20
     assert tree.counts.sum() == tree.parent_counts.sum() == 100
     assert set(tree.centroids.sum(axis=1).tolist()) == {0.0, float(SIZE)}
 
@@ -112,7 +142,7 @@ def shares_read(of: CacheLayout, cache: Mapping[str, np.ndarray], clusters: Mapp
     first, last = clusters["clusters.thresholds"].astype(np.float64)
     shares = []
     for port in of.clusters:
-        centroids, ends, parents, parent_ends = (clusters[one.name][0] for one in port.inputs[:4])
+        centroids, ends, near, parents, parent_ends, far = (clusters[one.name][0] for one in port.inputs[:6])
         centroids, parents = floats(centroids), floats(parents)
         queries = cache[port.queries][0].astype(np.float64).reshape(KV_HEADS, -1, OBSERVED, SIZE)
         for head in range(KV_HEADS):
@@ -120,15 +150,17 @@ def shares_read(of: CacheLayout, cache: Mapping[str, np.ndarray], clusters: Mapp
             above = np.searchsorted(parent_ends[head], np.arange(len(counts)), side="right")
             parent_counts = np.bincount(above, counts, minlength=parents.shape[1])
             for at in range(OBSERVED):
-                upper = estimate(port, queries[head, :, at], parents[head], parent_counts)
+                upper = estimate(port, queries[head, :, at], parents[head], far[head], parent_counts)
                 reached = (upper > first)[above]
-                lower = estimate(port, queries[head, :, at], centroids[head], counts * reached)
+                lower = estimate(port, queries[head, :, at], centroids[head], near[head], counts * reached)
                 shares.append((counts * (reached & (lower > last))).sum() / counts.sum())
     return np.array(shares)
 
 
-def estimate(port: ClusterPorts, queries: np.ndarray, centroids: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    scores = queries @ centroids.T * port.scale
+def estimate(
+    port: ClusterPorts, queries: np.ndarray, centroids: np.ndarray, beyond: np.ndarray, counts: np.ndarray
+) -> np.ndarray:
+    scores = (queries @ centroids.T + np.linalg.norm(queries, axis=1)[:, None] * beyond) * port.scale
     if port.softcap:
         scores = port.softcap * np.tanh(scores / port.softcap)
     weights = np.exp(scores)
@@ -180,7 +212,7 @@ def test_a_prefix_that_is_all_observed_has_no_clusters(tokens: int) -> None:
         name: array.shape for name, array in empty_inputs(of).items()
     }
     assert all(np.array_equal(cache[name], array) for name, array in before.items())
-    assert [found[port.name].size for port in prefix_ports(of)[:-1]] == [0] * 4 + [2] + [0] * 3
+    assert [found[port.name].size for port in prefix_ports(of)[:-1]] == [0] * 6 + [2] + [0] * 5
 
 
 def test_one_token_more_has_one_cluster() -> None:
@@ -206,3 +238,10 @@ def test_clusters_of_another_engine_are_refused() -> None:
     ):
         with pytest.raises(EngineError, match="are not those of the engine"):
             check_inputs(of, changed)
+
+
+@pytest.mark.parametrize("keep", [0.05, 0.24, 0.25, 0.6])
+def test_parents_are_asked_where_they_spare_centroids(keep: float) -> None:
+    of = layout()
+    found = cluster_cache(of, random_cache(of, 420), 420, keep=keep)
+    assert (found["clusters.thresholds"][0] == -1) == (keep >= 0.25)

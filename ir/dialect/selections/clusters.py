@@ -24,8 +24,8 @@ class ClusterSelection(TokenSelection):
     """Of a prefix that was clustered, the clusters whose keys may expect much of the softmax; the rest in full.
 
     Squeezed Attention (Hooper et al. 2024, arXiv 2411.09688): a step compares its query with centroids of two levels,
-    the second only below what passes the first. The clusters are inputs that a prefix brings; without one they are
-    empty, and everything is read.
+    the second only below what passes the first. Radii, by which keys lie around a centroid, are ours. The clusters are
+    inputs that a prefix brings; without one they are empty, and everything is read.
 
     Attributes:
         observed: Tokens whose queries the cache keeps, the last ones: a prefix sets its thresholds by them.
@@ -38,8 +38,10 @@ class ClusterSelection(TokenSelection):
     prefix: ClassVar[Mapping[str, ir.DataType | None]] = {
         "centroids": None,
         "ends": ir.DataType.INT32,
+        "radii": ir.DataType.FLOAT,
         "parents": None,
         "parent_ends": ir.DataType.INT32,
+        "parent_radii": ir.DataType.FLOAT,
         "thresholds": ir.DataType.FLOAT,
     }
     observed: int = 100
@@ -68,8 +70,10 @@ class ClusterSelection(TokenSelection):
         return {
             "centroids": (1, heads, CLUSTERS, size),
             "ends": (1, heads, CLUSTERS),
+            "radii": (1, heads, CLUSTERS),
             "parents": (1, heads, PARENTS, size),
             "parent_ends": (1, heads, PARENTS),
+            "parent_radii": (1, heads, PARENTS),
             "thresholds": (2,),
         }
 

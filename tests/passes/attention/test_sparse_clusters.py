@@ -22,7 +22,7 @@ from effc.passes.attention.sparse_attention import SparseAttention
 from effc.passes.pipeline_text import format_pipeline, parse_pipeline
 from effc.runtime.bundle import Port
 
-NAMES = ("centroids", "ends", "parents", "parent_ends")
+NAMES = ("centroids", "ends", "radii", "parents", "parent_ends", "parent_radii")
 
 
 def clusters(**options: Any) -> SparseAttention:
@@ -45,9 +45,10 @@ def test_inputs_and_the_cache_of_queries(dtype: str) -> None:
     assert first.selection.kind == "all"
     for site in sites:
         assert site.selection == ClusterSelection(7)
-        centroids, ends, parents, parent_ends, thresholds = constant_values(site.node)
+        centroids, ends, radii, parents, parent_ends, parent_radii, thresholds = constant_values(site.node)
         assert centroids.dtype == parents.dtype == site.past[0].dtype
         assert ends.dtype == parent_ends.dtype == ir.DataType.INT32
+        assert radii.dtype == parent_radii.dtype == ir.DataType.FLOAT
         assert [str(axis) for axis in centroids.shape or ()] == ["1", str(KV_HEADS), "clusters", str(SIZE)]
         assert thresholds.name == "clusters.thresholds"
         queries = site.past[2]
@@ -69,8 +70,10 @@ def test_what_the_manifest_says() -> None:
     assert found.inputs == [
         Port("clusters.1.centroids", "bfloat16", [1, KV_HEADS, "clusters", SIZE]),
         Port("clusters.1.ends", "int32", [1, KV_HEADS, "clusters"]),
+        Port("clusters.1.radii", "float32", [1, KV_HEADS, "clusters"]),
         Port("clusters.1.parents", "bfloat16", [1, KV_HEADS, "parents", SIZE]),
         Port("clusters.1.parent_ends", "int32", [1, KV_HEADS, "parents"]),
+        Port("clusters.1.parent_radii", "float32", [1, KV_HEADS, "parents"]),
         Port("clusters.thresholds", "float32", [2]),
     ]
     plain = cache_layout(decoder())
@@ -158,5 +161,5 @@ def test_a_node_without_its_inputs_is_refused() -> None:
     (site,) = cached_attention_sites(program.graph)
     inputs = list(site.node.inputs)[:-1]
     node = ir.Node("effc", site.node.op_type, inputs, list(site.node.attributes.values()), num_outputs=4)
-    with pytest.raises(InputError, match="has 5 inputs behind its cache, there are 4"):
+    with pytest.raises(InputError, match="has 7 inputs behind its cache, there are 6"):
         OP.check(node)
