@@ -5,7 +5,7 @@ Run: `python benchmarks/kernels/selections.py [--threads 2] [--rounds 9] [--head
 [--selections pages topk clusters lowrank evict stride window]`
 
 One new token over a full cache, in equal nodes that together overflow the caches of the processor. The variants take
-turns in one process. Bytes are those that a step needs: with `pages` means or bounds of all blocks, keys and values of
+turns in one process. Bytes are those that a step needs: with `pages` bounds of all blocks, keys and values of
 those that are read; with `topk` all keys, and values of those that are read; with `clusters` (of synthetic keys that
 lie in clusters of 5, 10 or 20) centroids of all parents, those of the clusters whose parents pass, keys and values of
 those that are read; with `lowrank` (rank 160, chunks of 8, keys rotated) landmarks, coefficients and values of those
@@ -57,7 +57,7 @@ def selected(variant: Variant, selection: str, budget: int) -> Variant:
         "select_sinks": sinks,
         "select_recent": recent,
         "select_block": block,
-        "select_reach": 0.6 if paged else 0.0,
+        "select_reach": 0.6,
     }
     return replace(variant, attributes=variant.attributes | attributes | {"select_budget": budget})
 
@@ -113,11 +113,10 @@ def caches_of(case: Case, variant: Variant, budget: int) -> dict[str, np.ndarray
     if variant.attributes.get("selection") == "pages":
         keys = caches["k0"][:, :, SINKS : SINKS + (case.total - SINKS) // BLOCK * BLOCK].astype(np.float32)
         parts = keys.reshape(1, case.kv_heads, -1, BLOCK, SIZE)
-        means = parts.mean(axis=3).astype(
-            DTYPES[TensorProto.BFLOAT16 if variant.type == TensorProto.FLOAT else variant.type]
-        )
-        room = case.total // BLOCK - means.shape[2]
-        caches["b0"] = np.pad(means, ((0, 0), (0, 0), (0, room), (0, 0)))
+        half = TensorProto.BFLOAT16 if variant.type == TensorProto.FLOAT else variant.type
+        bounds = np.concatenate([parts.min(axis=3), parts.max(axis=3)], axis=3).astype(DTYPES[half])
+        room = case.total // BLOCK - bounds.shape[2]
+        caches["b0"] = np.pad(bounds, ((0, 0), (0, 0), (0, room), (0, 0)))
     return caches
 
 

@@ -65,15 +65,15 @@ class SparseAttention(Pass):
 
     After (`sparse-attention{budget=1024}`):
 
-        y, present.0.key, present.0.value, present.0.means = effc.CachedAttention(
-            …, past_key_values.0.key, past_key_values.0.value, past_key_values.0.means)
+        y, present.0.key, present.0.value, present.0.bounds = effc.CachedAttention(
+            …, past_key_values.0.key, past_key_values.0.value, past_key_values.0.bounds)
             {selection="pages", select_block=8, select_budget=1024, …}
 
     After `kv-cache{scheme=int4}` the pages of the cache are the blocks, and their parameters the bounds: no tensor is
     added.
 
     Attributes:
-        scheme: `pages`: blocks of tokens by their mean key, or by the bounds of their channels (Quest). `topk`:
+        scheme: `pages`: blocks of tokens by the bounds of their channels (Quest), or by their mean key. `topk`:
             single tokens by the attention of all heads together (TokenSelect). `window`: the last tokens in a ring and
             the first ones (StreamingLLM, LM-Infinite). `clusters`: of a prefix made with `effc prefix`, the clusters of
             keys that matter to a query (Squeezed Attention). `evict`: those that the last queries attend to, the others
@@ -105,7 +105,7 @@ class SparseAttention(Pass):
         longest: `lowrank`: most tokens of a prefix; None: 32768. The engine has cosines and sines of so many positions.
         dense_below: `pages`, `topk`, `lowrank`: with fewer cached tokens than this, everything is read.
         reach: `pages`: what ranks a block, from 0, the score of the mean of its keys, or of the middle of its bounds in
-            a coded cache, to 1, the largest score that bounds allow (Quest); None: 0, and 0.6 over a coded cache.
+            a coded cache, to 1, the largest score that bounds allow (Quest); None: 0.6.
         refresh: `topk`: most steps that one choice of tokens serves, over a dense cache; None: 1.
         similarity: `topk` with `refresh`: cosine of a query with the one that chose, from which on the choice serves
             it; None: 0.9.

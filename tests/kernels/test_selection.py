@@ -16,7 +16,7 @@ KINDS = ("pages", "topk")
 OPTIONS = {
     "pages": [
         {"budget": 64},
-        {"budget": 48, "reach": 0.6},
+        {"budget": 48, "reach": 0.0},
         {"share": 0.25, "reach": 1.0},
         {"share": 0.1, "dense_below": 250},
     ],

@@ -10,12 +10,12 @@ from effc.ir.dialect.cache_storage import PageStorage
 from effc.ir.dialect.selections import PageSelection
 from effc.passes.attention.selection_schemes.base import Change, SelectionScheme
 
-BUDGET, SINKS, RECENT, BLOCK, REACH = 1024, 4, 32, 8, 0.6
+BUDGET, SINKS, RECENT, BLOCK = 1024, 4, 32, 8
 
 
 @dataclass(frozen=True)
 class PagesScheme(SelectionScheme):
-    """Blocks by the mean of their keys; a coded cache brings its own blocks, and bounds of their keys.
+    """Blocks by bounds, or by the mean, of their keys; a coded cache brings its own blocks, and their bounds.
 
     Attributes: those of the pass.
     """
@@ -27,13 +27,13 @@ class PagesScheme(SelectionScheme):
     sinks: int | None = None
     recent: int | None = None
     dense_below: int = 0
-    reach: float | None = None
+    reach: float = 0.6
 
     def change(self, site: CachedAttentionSite) -> Change:
         """Another selection; form and storage stay."""
-        sinks, recent, block, reach = SINKS, RECENT, BLOCK, 0.0
+        sinks, recent, block = SINKS, RECENT, BLOCK
         if isinstance(site.storage, PageStorage):
-            sinks, recent, block, reach = site.storage.sinks, site.storage.recent, site.storage.page, REACH
+            sinks, recent, block = site.storage.sinks, site.storage.recent, site.storage.page
         budget = self.budget if self.budget is not None else 0 if self.share is not None else BUDGET
         selection = PageSelection(
             sinks=sinks if self.sinks is None else self.sinks,
@@ -42,6 +42,6 @@ class PagesScheme(SelectionScheme):
             budget=budget,
             share=self.share or 0.0,
             dense_below=self.dense_below,
-            reach=reach if self.reach is None else self.reach,
+            reach=self.reach,
         )
         return Change(site.form, site.storage, selection)
