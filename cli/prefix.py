@@ -35,7 +35,7 @@ from effc.errors import InputError
     "--cluster-tokens",
     type=int,
     metavar="N",
-    help="Tokens of a cluster there, the mean; more cost less, and find less surely what matters; 5.",
+    help="Tokens of a cluster there, the mean; more cost less, and find less surely what matters; 10.",
 )
 @click.option(
     "--rank",

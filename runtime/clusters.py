@@ -15,7 +15,7 @@ from effc.runtime.kmeans import kmeans, sums_by_label, unit_rows
 from effc.runtime.prefix_inputs import empty_inputs
 from effc.runtime.tensors import to_floats, to_stored
 
-CLUSTER_TOKENS, PARENT_CLUSTERS = 5, 5
+CLUSTER_TOKENS, PARENT_CLUSTERS = 10, 5
 """Tokens of a cluster and clusters of a parent, the means."""
 KEEP = 0.25
 SURVIVING, ASKED = 3.0, 0.75

@@ -57,7 +57,7 @@ def write_prefix(
             it, up to where the user's message begins.
         keep: Share of the clustered keys that a step reads, above 0 and at most 1, where the engine reads clusters of
             a prefix; None: a quarter.
-        cluster_tokens: Keys of a cluster there, the mean; None: 5. With more, fewer centroids are compared, and the
+        cluster_tokens: Keys of a cluster there, the mean; None: 10. With more, fewer centroids are compared, and the
             keys that matter are found less surely.
         rank: Columns of the matrices whose product replaces the keys, where the engine reads a prefix of low rank;
             None: 5 of 32 elements of a token's keys, and at least 64.

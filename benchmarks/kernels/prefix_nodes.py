@@ -9,7 +9,7 @@ import numpy as np
 from cached_attention import DTYPES, SIZE, Case, Variant, cached_node_runner, dense_caches, new_tokens
 from clustered_keys import OBSERVED, clustered_keys, thresholds, tokens_read
 
-CLUSTER_TOKENS = (5, 10, 20)  # the default of a prefix first
+CLUSTER_TOKENS = (10, 5, 20)  # the default of a prefix first
 CHUNK, RANK, OUTLIERS, LOCAL = 8, 160, 48, 4
 Runner = Callable[[], float]
 

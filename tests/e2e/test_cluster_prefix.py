@@ -182,12 +182,12 @@ def test_what_the_folder_says(plain: Path, tmp_path: Path) -> None:
     found = json.loads((tmp_path / "prefix" / MANIFEST).read_text())["tensors"]
     shapes = {one["name"]: (one["dtype"], one["shape"]) for one in found if one["role"] == "inputs"}
     assert shapes["clusters.thresholds"] == ("float32", [2])
-    assert shapes["clusters.2.centroids"] == ("float32", [1, 2, 32, 16])
-    assert shapes["clusters.2.ends"] == ("int32", [1, 2, 32])
-    assert shapes["clusters.2.radii"] == ("float32", [1, 2, 32])
-    assert shapes["clusters.2.parents"] == ("float32", [1, 2, 6, 16])
-    assert shapes["clusters.2.parent_ends"] == ("int32", [1, 2, 6])
-    assert shapes["clusters.2.parent_radii"] == ("float32", [1, 2, 6])
+    assert shapes["clusters.2.centroids"] == ("float32", [1, 2, 16, 16])
+    assert shapes["clusters.2.ends"] == ("int32", [1, 2, 16])
+    assert shapes["clusters.2.radii"] == ("float32", [1, 2, 16])
+    assert shapes["clusters.2.parents"] == ("float32", [1, 2, 3, 16])
+    assert shapes["clusters.2.parent_ends"] == ("int32", [1, 2, 3])
+    assert shapes["clusters.2.parent_radii"] == ("float32", [1, 2, 3])
     assert len(shapes) == 19
 
 

@@ -96,7 +96,7 @@ def test_a_tree_holds_every_token_once(count: int, size: int) -> None:
 def test_the_first_key_has_a_cluster_and_a_parent_of_its_own(count: int, alone: bool) -> None:
     """Where there are two clusters, and two parents."""
     keys = np.random.default_rng(1).standard_normal((count, SIZE)).astype(np.float32)
-    tree = cluster_tree(keys)
+    tree = cluster_tree(keys, 5)
     assert tree.order[0] == 0
     assert (tree.ends[0] == 1) == alone
     assert tree.parent_ends[0] == (1 if count >= 50 else count // 5)
@@ -118,7 +118,7 @@ def test_radii_of_runs() -> None:
 
 
 def test_equal_keys_leave_clusters_empty() -> None:
-    tree = cluster_tree(np.ones((100, SIZE), np.float32))
+    tree = cluster_tree(np.ones((100, SIZE), np.float32), 5)
     assert tree.ends.tolist().count(100) + tree.ends.tolist().count(1) == 20
     assert tree.counts.sum() == tree.parent_counts.sum() == 100
     assert set(tree.centroids.sum(axis=1).tolist()) == {0.0, float(SIZE)}
