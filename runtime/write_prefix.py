@@ -114,33 +114,41 @@ def _check_engine(engine: Engine, prefill_chunk: int | None) -> None:
 
 def _cluster_options(engine: Engine, keep: float | None, cluster_tokens: int | None) -> dict[str, Any]:
     """Those of `cluster_cache` that were given."""
-    options = {"keep": keep, "cluster_tokens": cluster_tokens}
-    given = {name: value for name, value in options.items() if value is not None}
-    if given and not engine.cache_layout().clusters:
-        raise UsageError(
-            f"{engine.folder}: reads no clusters of a prefix, so it keeps all of it. "
-            f"Leave {' and '.join(given)} out, or build the engine with sparse-attention{{scheme=clusters}}."
-        )
+    given = _given(keep=keep, cluster_tokens=cluster_tokens)
+    if not engine.cache_layout().clusters:
+        _refuse(engine, given, "reads no clusters of a prefix, so it keeps all of it", "clusters")
     if keep is not None and not 0 < keep <= 1:
         raise UsageError(f"keep is {keep}; give a share above 0 and at most 1.")
-    if cluster_tokens is not None and cluster_tokens < 1:
-        raise UsageError(f"cluster_tokens is {cluster_tokens}; give at least 1.")
+    _require_least(given, "cluster_tokens", 1)
     return given
 
 
 def _low_rank_options(engine: Engine, rank: int | None, outliers: int | None) -> dict[str, Any]:
     """Those of `low_rank_cache` that were given."""
-    options = {"rank": rank, "outliers": outliers}
-    given = {name: value for name, value in options.items() if value is not None}
-    if given and not engine.cache_layout().low_rank:
-        raise UsageError(
-            f"{engine.folder}: reads the keys of a prefix as they are. "
-            f"Leave {' and '.join(given)} out, or build the engine with sparse-attention{{scheme=lowrank}}."
-        )
-    for name, least in (("rank", 1), ("outliers", 0)):
-        if given.get(name, least) < least:
-            raise UsageError(f"{name} is {given[name]}; give at least {least}.")
+    given = _given(rank=rank, outliers=outliers)
+    if not engine.cache_layout().low_rank:
+        _refuse(engine, given, "reads the keys of a prefix as they are", "lowrank")
+    _require_least(given, "rank", 1)
+    _require_least(given, "outliers", 0)
     return given
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _refuse(engine: Engine, given: Mapping[str, Any], reason: str, scheme: str) -> None:
+    """Refuse options, if there are any, that an engine has no use for."""
+    if given:
+        raise UsageError(
+            f"{engine.folder}: {reason}. Leave {' and '.join(given)} out, or build the engine with "
+            f"sparse-attention{{scheme={scheme}}}."
+        )
+
+
+def _require_least(given: Mapping[str, Any], name: str, least: int) -> None:
+    if given.get(name, least) < least:
+        raise UsageError(f"{name} is {given[name]}; give at least {least}.")
 
 
 def _prefix_ids(engine: Engine, prefix: str | Sequence[int], chat: bool) -> list[int]:
